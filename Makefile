@@ -1,0 +1,128 @@
+# `make help` lists the targets. `make test` is the whole: it needs make, Python 3.11 or newer, and the network once.
+
+PYTHON ?= python3
+VENV := .venv
+BIN := $(CURDIR)/$(VENV)/bin
+# In front of a command that starts tools of the environment itself.
+WITH_TOOLS := PATH="$(BIN):$$PATH"
+
+# Worker processes of the tests ("0": none, in one process), and anything more to hand to pytest.
+PYTEST_WORKERS ?= auto
+PYTEST_ARGS ?=
+
+PY_SOURCES := $(wildcard server/paceline clients/python/src clients/python/tests tests bench proto/generate.py)
+UV ?= uv
+LOCK := $(UV) pip compile --quiet --universal --python-version 3.11 --generate-hashes --no-header \
+	--no-emit-package paceline-client --custom-compile-command "make lock"
+
+# $(call need,tools,what): ends the recipe when a tool is missing: with a clear line here, with a failure in CI.
+define need
+missing=""; for tool in $(1); do command -v $$tool >/dev/null 2>&1 || missing="$$missing $$tool"; done; \
+if [ -n "$$missing" ]; then \
+	if [ "$$CI" = true ]; then echo "error: $(2) needs$$missing" >&2; exit 1; fi; \
+	echo "skipped: $(2) (not installed:$$missing)"; exit 0; \
+fi
+endef
+
+.DEFAULT_GOAL := help
+.DELETE_ON_ERROR:
+
+.PHONY: help
+help: ## list the targets
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  %-10s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
+
+# --- environment -----------------------------------------------------------------------------------------------
+
+.PHONY: env
+env: $(VENV)/.packages ## make .venv from the locked requirements (again only when they change)
+
+$(VENV)/.locked: requirements/dev.txt
+	@$(PYTHON) -c 'import sys; v = sys.version_info; v >= (3, 11) or sys.exit("error: Python 3.11 or newer is needed, this is %d.%d; try: make PYTHON=python3.12 ..." % v[:2])'
+	@$(PYTHON) -c 'import ensurepip, venv' 2>/dev/null || \
+		{ echo "error: this Python cannot make virtual environments; on Debian or Ubuntu: apt-get install python3-venv" >&2; exit 1; }
+	@echo "==> $(VENV)"
+	@$(PYTHON) -m venv --clear $(VENV)
+	@echo "==> packages of requirements/dev.txt (a few minutes the first time)"
+	@$(BIN)/python -m pip install --disable-pip-version-check --require-hashes --only-binary :all: -r requirements/dev.txt
+	@touch $@
+
+$(VENV)/.packages: $(VENV)/.locked pyproject.toml clients/python/pyproject.toml
+	@echo "==> this repository's packages"
+	@$(BIN)/python -m pip install --disable-pip-version-check --quiet --no-deps --no-build-isolation \
+		-e clients/python -e .
+	@$(BIN)/python -m pip check --disable-pip-version-check
+	@touch $@
+
+.PHONY: lock
+lock: ## resolve the requirements anew (needs uv; UPGRADE=1 for the newest versions)
+	$(LOCK) $(if $(UPGRADE),--upgrade) pyproject.toml -o requirements/server.txt
+	$(LOCK) $(if $(UPGRADE),--upgrade) pyproject.toml requirements/dev.in -o requirements/dev.txt
+
+# --- checks ----------------------------------------------------------------------------------------------------
+
+.PHONY: test
+test: env ## everything: environment, lint, stubs, contract, tests
+	@$(MAKE) --no-print-directory lint
+	@$(MAKE) --no-print-directory drift
+	@$(MAKE) --no-print-directory contract
+	@$(MAKE) --no-print-directory pytest
+
+.PHONY: pytest
+pytest: env ## the tests alone
+	@echo "==> pytest"
+	@$(WITH_TOOLS) python -m pytest -n $(PYTEST_WORKERS) $(PYTEST_ARGS)
+
+.PHONY: lint
+lint: env ## ruff, mypy --strict, buf lint
+	@echo "==> ruff check"
+	@$(BIN)/ruff check .
+	@echo "==> ruff format --check"
+	@$(BIN)/ruff format --check .
+	@echo "==> mypy --strict"
+	@$(BIN)/mypy --strict $(PY_SOURCES)
+	@$(MAKE) --no-print-directory buf-lint
+
+.PHONY: fmt
+fmt: env ## format, and mend what can be mended
+	@$(BIN)/ruff check --fix-only .
+	@$(BIN)/ruff format .
+
+.PHONY: clean
+clean: ## remove what the other targets made
+	rm -rf $(VENV) .mypy_cache .pytest_cache .ruff_cache .hypothesis build dist proto/node_modules
+	find server clients tests bench proto -name __pycache__ -type d -prune -exec rm -rf {} + 2>/dev/null || true
+
+# --- the contract ----------------------------------------------------------------------------------------------
+
+# npm writes this file at the end of an installation.
+proto/node_modules/.package-lock.json: proto/package-lock.json proto/package.json
+	@echo "==> buf"
+	@cd proto && npm ci --no-audit --no-fund
+	@touch $@
+
+.PHONY: buf-lint
+buf-lint:
+	@$(call need,node npm,buf lint); \
+	$(MAKE) -s --no-print-directory proto/node_modules/.package-lock.json && \
+	echo "==> buf lint" && cd proto && npm run --silent lint
+
+.PHONY: proto
+proto: env ## write the stubs anew from proto/
+	@$(WITH_TOOLS) python proto/generate.py
+
+.PHONY: drift
+drift: env ## whether the stubs are those of proto/
+	@echo "==> stubs"
+	@$(WITH_TOOLS) python proto/generate.py --check
+
+# Other languages: tests/contract/<language>/check proves that the contract works there, with these tools.
+TOOLS_go := go
+TOOLS_typescript := node npm
+TOOLS_java := java mvn
+CONTRACT_CHECKS := $(patsubst tests/contract/%/check,contract-%,$(wildcard tests/contract/*/check))
+
+.PHONY: contract $(CONTRACT_CHECKS)
+contract: $(CONTRACT_CHECKS) ## the contract in other languages (skipped where their tools are missing, except in CI)
+
+$(CONTRACT_CHECKS): contract-%: env
+	@$(call need,$(TOOLS_$*),the contract in $*); echo "==> the contract in $*" && $(WITH_TOOLS) tests/contract/$*/check
