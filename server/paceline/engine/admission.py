@@ -1,0 +1,89 @@
+"""Whether a call fits. The seam of the admission rule: today plain holds against today's levels."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import msgspec
+
+from paceline.engine.answers import Reason
+from paceline.engine.bucket import Bucket
+from paceline.engine.dimensions import Dimension, Window
+
+
+class Verdict(msgspec.Struct, frozen=True, gc=False):
+    """When a call would fit.
+
+    ``wait_us`` is the time until it does if nothing is given back (zero: now; ``None``: no time can be said), and
+    ``hope_us`` the least that it can take, should all open calls give back what they may. ``reason`` is what to
+    answer when it cannot wait; ``final`` says that waiting cannot help.
+    """
+
+    wait_us: int | None
+    hope_us: int
+    reason: Reason
+    binding: Dimension | None
+    final: bool = False
+
+    @property
+    def severity(self) -> tuple[bool, int, float]:
+        """Orders verdicts: a final one binds before all, then the longest wait."""
+        return self.final, self.hope_us, float("inf") if self.wait_us is None else self.wait_us
+
+
+NOW = Verdict(0, 0, Reason.LIMIT, None)
+
+
+def fits(buckets: Sequence[Bucket], numbers: tuple[int, ...], holds: tuple[int, ...], now: int) -> bool:
+    """Whether every hold is covered by its level at ``now``. Changes nothing.
+
+    A dimension that the call does not use cannot refuse it, whatever its debt.
+    """
+    for number, hold in zip(numbers, holds, strict=True):
+        bucket = buckets[number]
+        if hold and bucket.level < hold and (bucket.at >= now or bucket.level + bucket.refill(now)[0] < hold):
+            return False
+    return True
+
+
+def room(buckets: Sequence[Bucket], numbers: tuple[int, ...], holds: tuple[int, ...], now: int) -> int | None:
+    """How many such calls fit at ``now``; ``None``: any number."""
+    most: int | None = None
+    for number, hold in zip(numbers, holds, strict=True):
+        if hold:
+            bucket = buckets[number]
+            count = max(0, bucket.level + bucket.refill(now)[0]) // hold
+            most = count if most is None else min(most, count)
+    return most
+
+
+def judge(bucket: Bucket, hold: int, ahead: int, now: int) -> Verdict:
+    """The verdict of one bucket on a call that holds ``hold``, with ``ahead`` wanted by those before it."""
+    dimension = bucket.dimension
+    if not hold:
+        return NOW
+    if hold > bucket.burst:
+        # A month's budget that is too small will be larger for nobody this month; a zero limit is a closed pool.
+        reason = Reason.SPEND_CAP if dimension is Dimension.SPEND else Reason.TOO_LARGE
+        return Verdict(None, 0, Reason.POOL_CLOSED if not bucket.burst else reason, dimension, final=True)
+    refilled, carry = bucket.refill(now)
+    missing = bucket.level + refilled - ahead - hold
+    if missing >= 0:
+        return NOW
+    if bucket.window is Window.MONTH:
+        return Verdict(max(0, bucket.turns_at - now), 0, Reason.SPEND_CAP, dimension)
+    wait = bucket.wait_us(missing, carry, now)
+    if bucket.window is Window.NONE:
+        return Verdict(None, 0, Reason.LIMIT, dimension)
+    if dimension is Dimension.OUTPUT_TOKENS:
+        # Output is held as estimated and given back when the call ends: all that is held may come back.
+        optimistic = missing + bucket.held + ahead
+        hoped = bucket.wait_us(optimistic, carry, now) if optimistic < 0 else 0
+    else:
+        hoped = wait
+    return Verdict(wait, hoped or 0, Reason.LIMIT, dimension)
+
+
+def worst(verdicts: Sequence[Verdict]) -> Verdict:
+    """The verdict that binds: a final one, else the longest wait."""
+    return max(verdicts, key=lambda verdict: verdict.severity, default=NOW)

@@ -1,0 +1,220 @@
+"""The books at one instant: the state, and the only way to change it.
+
+Everything that decides works through this: it reads the state, and :meth:`Books.emit` folds an event into it and
+keeps the event for the journal.
+"""
+
+from __future__ import annotations
+
+import msgspec
+
+from paceline.engine import answers as an
+from paceline.engine import events as ev
+from paceline.engine import operations as op
+from paceline.engine.accounting import Prices, Rule, Sizes, expected_usage
+from paceline.engine.bucket import Bucket
+from paceline.engine.dimensions import UNLIMITED, Dimension, Limit, Window
+from paceline.engine.state import State
+
+MAX_PLANS = 16_384
+FULL = 1_000
+"""A full bucket, in thousandths."""
+
+
+class Caps(msgspec.Struct, frozen=True):
+    """What one ledger keeps at most."""
+
+    ended: int = 250_000
+    """Ended reservations remembered; about 400 bytes each."""
+    memory_us: int = 3_600_000_000
+    """How long they are remembered."""
+    waiters: int = 20_000
+    """Waiting Reserves."""
+    waiters_per_tenant: int = 10_000
+    open: int = 200_000
+    """Open reservations; about 700 bytes each."""
+    pools: int = 1_024
+    shares: int = 4_096
+    buckets: int = 32_768
+    """Limits: of pools, and of shares in each pool that they have called."""
+    tickets_per_waiter: int = 16
+    """Repeats of one waiting Reserve that are answered."""
+
+
+class Books:
+    """State, time and the events of the step at hand."""
+
+    def __init__(self, state: State, caps: Caps) -> None:
+        self.state = state
+        self.caps = caps
+        self.now = state.at
+        self.events: list[ev.Event] = []
+        self._plans: dict[tuple[str, tuple[str, ...]], tuple[int, ...]] = {}
+        self._rules: dict[str, dict[Dimension, Rule]] = {}
+        self._touched: dict[tuple[int, ...], an.Touched] = {}
+
+    def begin(self, now: int) -> None:
+        """Start a step at ``now``; time never goes back."""
+        self.now = max(now, self.now)
+        self.events = []
+        self._touched = {}
+
+    def emit(self, event: ev.Event) -> None:
+        """Fold an event into the state and keep it for the journal."""
+        if not self.events:
+            clocked = ev.Clocked(self.now)
+            self.state.apply(clocked)
+            self.events.append(clocked)
+        self.state.apply(event)
+        self.events.append(event)
+
+    def advance(self, number: int) -> Bucket:
+        """Bring a bucket to the present before it changes."""
+        bucket = self.state.buckets[number]
+        if bucket.at < self.now:
+            refilled, carry = bucket.refill(self.now)
+            self.emit(ev.Advanced(number, refilled, carry))
+        return bucket
+
+    # -- what a call touches -------------------------------------------------------------------------------------
+
+    def defined(self) -> None:
+        """Pools or shares have changed: forget what was derived from them."""
+        self._plans.clear()
+        self._rules.clear()
+
+    def rules(self, pool: str) -> dict[Dimension, Rule]:
+        """How each dimension of a pool is charged."""
+        rules = self._rules.get(pool)
+        if rules is None:
+            rules = {rule.dimension: rule for rule in self.state.pools[pool].profile.rules}
+            self._rules[pool] = rules
+        return rules
+
+    def plan(self, pool: str, shares: tuple[str, ...]) -> tuple[int, ...] | None:
+        """The buckets that a call touches: the pool's, those of its shares' caps, the account's spend.
+
+        Makes those of caps when they are first touched. ``None``: the ledger has no place for them.
+        """
+        plan = self._plans.get((pool, shares))
+        if plan is None:
+            plan = self._make_plan(pool, shares)
+            if plan is not None:
+                if len(self._plans) >= MAX_PLANS:
+                    self._plans.clear()
+                self._plans[pool, shares] = plan
+        return plan
+
+    def _make_plan(self, pool: str, shares: tuple[str, ...]) -> tuple[int, ...] | None:
+        state = self.state
+        rules = self.rules(pool)
+        numbers = [number for number in state.pools[pool].buckets if state.buckets[number].dimension in rules]
+        wanted: list[tuple[str, str, Limit]] = []
+        for name in shares:
+            share = state.shares.get(name)
+            for cap in share.caps if share is not None else ():
+                if cap.dimension is Dimension.SPEND:
+                    wanted.append(("", name, cap))
+                elif cap.dimension in rules:
+                    wanted.append((pool, name, cap))
+        wanted.append(("", "", Limit(Dimension.SPEND, Window.MONTH, UNLIMITED)))
+        for scope, name, limit in wanted:
+            number = state.addresses.get((scope, name, limit.dimension))
+            if number is None:
+                if len(state.buckets) >= self.caps.buckets:
+                    return None
+                number = self.add_bucket(scope, name, limit, FULL)
+            numbers.append(number)
+        return tuple(numbers)
+
+    def add_bucket(self, scope: str, share: str, limit: Limit, fill: int) -> int:
+        """Make a bucket, ``fill`` thousandths full; its number."""
+        level = limit.capacity * fill // FULL
+        self.emit(
+            ev.BucketAdded(scope, share, limit.dimension, limit.window, limit.amount, limit.capacity, level, False)
+        )
+        return len(self.state.buckets) - 1
+
+    def holds(self, pool: str, numbers: tuple[int, ...], sizes: Sizes, prices: Prices) -> tuple[int, ...]:
+        """What a call of these sizes holds in each of the buckets."""
+        rules = self.rules(pool)
+        buckets = self.state.buckets
+        holds = []
+        for number in numbers:
+            dimension = buckets[number].dimension
+            if dimension is Dimension.SPEND:
+                holds.append(prices.cost(expected_usage(sizes)))
+            else:
+                rule = rules.get(dimension)
+                holds.append(0 if rule is None else rule.hold(sizes))
+        return tuple(holds)
+
+    # -- what answers say ----------------------------------------------------------------------------------------
+
+    def by_dimension(self, numbers: tuple[int, ...], amounts: tuple[int, ...]) -> tuple[tuple[Dimension, int], ...]:
+        """The amounts in the pool's own buckets and the account's spend, without those of shares."""
+        buckets = self.state.buckets
+        return tuple(
+            [
+                (buckets[number].dimension, amount)
+                for number, amount in zip(numbers, amounts, strict=True)
+                if not buckets[number].share
+            ]
+        )
+
+    def context(self, key: str, first: str, count: int) -> op.Context:
+        """The context of the grant of ``key``, whose first (or only) reservation is ``first``."""
+        state = self.state
+        reservation = state.open.get(first)
+        if reservation is not None:
+            return op.Context(
+                state.ledger,
+                key,
+                reservation.pool,
+                reservation.shares,
+                reservation.tenant,
+                reservation.route,
+                reservation.granted_at,
+                self.by_dimension(reservation.buckets, reservation.holds),
+                reservation.prices,
+                count,
+            )
+        ended = state.ended.get(first)
+        if ended is None or ended.granted_at is None:
+            # Forgotten: a Commit under this context will be stale, as it must.
+            return op.Context(state.ledger, key, "", (), "", "", state.horizon, (), op.NO_PRICES, count)
+        charges = self.by_dimension(ended.buckets, ended.charges)
+        return op.Context(
+            state.ledger, key, ended.pool, ended.shares, "", "", ended.granted_at, charges, ended.prices, count
+        )
+
+    def touched(self, numbers: tuple[int, ...]) -> an.Touched:
+        """The state of these buckets now; one object per step and set of buckets."""
+        touched = self._touched.get(numbers)
+        if touched is None:
+            touched = self._touched[numbers] = self._touch(numbers)
+        return touched
+
+    def _touch(self, numbers: tuple[int, ...]) -> an.Touched:
+        binding: Dimension | None = None
+        least = 0.0
+        states = []
+        for number in numbers:
+            bucket = self.state.buckets[number]
+            level = bucket.level + bucket.refill(self.now)[0] if bucket.at < self.now else bucket.level
+            states.append(
+                an.DimensionState(
+                    bucket.pool,
+                    bucket.share,
+                    bucket.dimension,
+                    bucket.window,
+                    bucket.amount,
+                    bucket.burst,
+                    level,
+                    bucket.held,
+                )
+            )
+            left = level / bucket.burst if bucket.burst else 0.0
+            if binding is None or left < least:
+                binding, least = bucket.dimension, left
+        return an.Touched(binding, tuple(states))

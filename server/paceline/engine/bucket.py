@@ -1,0 +1,211 @@
+"""One dimension of one pool or share: a token bucket in whole numbers.
+
+The level is what is left net of open holds. It refills by ``amount`` per window up to ``burst``; what does not
+divide evenly is carried, so many small steps of time refill exactly as much as one big one. It may go below zero:
+debt is real upstream.
+
+Two columns of sums prove it: ``level = refilled - charged + adjusted`` and
+``granted = settled + released + expired + held`` (in held amounts), at every instant.
+
+**A refund never credits the same seconds twice.** Had a refunded amount never been held, the bucket would have been
+fuller all along, and would have stopped refilling at its burst earlier. So of a refund only ``burst - highest level
+since the grant`` is credited; the rest is taken off ``refilled``. The highest level since any grant comes from
+``peaks``, a stack of decreasing levels: each lowering pushes the level before it, which hides all smaller ones.
+Peaks lower than ``burst - largest hold`` can limit no refund and are not kept, so under load the stack stays empty.
+"""
+
+from __future__ import annotations
+
+from bisect import bisect_right
+
+import msgspec
+
+from paceline.engine.calendar import next_month
+from paceline.engine.dimensions import WINDOW_US, Dimension, Window
+
+MAX_PEAKS = 128
+END_SLOT_US = 250_000
+"""Ends of calls are summed per slot of this length: 4 entries a second, whatever the load."""
+MAX_ENDS = 2_400
+"""Ten minutes of slots."""
+
+
+class Constraint(msgspec.Struct, array_like=True, gc=False):
+    """The newest reading of this dimension, standing until a newer one: see :mod:`paceline.engine.reconcile`.
+
+    Upstream's level was in ``[low, high]`` (``None``: unbounded) at some instant in ``[since, until]``. ``ended`` sums
+    the charges of calls that ended at or after ``since``, ``ended_over`` what upstream may have counted beyond them,
+    ``after`` the charges of calls granted after ``until``. ``own`` is the least that upstream had counted of the call
+    that brought the reading.
+    """
+
+    low: int | None
+    high: int | None
+    since: int
+    until: int
+    own: int
+    ended: int
+    ended_over: int
+    after: int
+
+
+class Bucket(msgspec.Struct, array_like=True):
+    """State of one dimension. Amounts in the dimension's unit, times in µs of ledger time."""
+
+    pool: str
+    share: str
+    dimension: Dimension
+    window: Window
+    amount: int
+    burst: int
+    at: int
+    level: int = 0
+    carry: int = 0
+    held: int = 0
+    refilled: int = 0
+    charged: int = 0
+    adjusted: int = 0
+    granted: int = 0
+    settled: int = 0
+    released: int = 0
+    expired: int = 0
+    turns_at: int = 0
+    """Start of the next month, for monthly windows."""
+    largest: int = 0
+    """The largest hold so far."""
+    peaks: list[tuple[int, int]] = msgspec.field(default_factory=list)
+    """(ordinal of the lowering, level before it), both kept monotone: ordinals rise, levels fall."""
+    over: int = 0
+    """What upstream may count of the open calls beyond their holds."""
+    ends: list[tuple[int, int, int]] = msgspec.field(default_factory=list)
+    """(last end in slot, cumulative charge, cumulative over) of ended calls, inclusive."""
+    constraint: Constraint | None = None
+    configured: int = 0
+    """The amount that configuration gives; a learned one replaces it in ``amount``."""
+    configured_burst: int = 0
+    override: bool = False
+    """The operator fixed this limit: readings may lower it, never raise it."""
+    pending: int | None = None
+    """A higher limit that one reading has claimed."""
+    learned_at: int | None = None
+    """When a reading last confirmed a learned limit."""
+
+    # -- time ---------------------------------------------------------------------------------------------------
+
+    def refill(self, now: int) -> tuple[int, int]:
+        """What refills until ``now``, and the carry after it. Changes nothing."""
+        window = WINDOW_US.get(self.window)
+        if window is None:
+            if self.window is Window.MONTH and now >= self.turns_at:
+                return max(0, self.burst - self.held - self.level), 0
+            return 0, 0
+        room = self.burst - self.level
+        if room <= 0:
+            return 0, 0
+        refilled, carry = divmod(self.carry + self.amount * (now - self.at), window)
+        return (refilled, carry) if refilled < room else (room, 0)
+
+    def advance(self, now: int, refilled: int, carry: int) -> None:
+        """Move to ``now``, by the result of :meth:`refill`."""
+        self.at = now
+        self.level += refilled
+        self.refilled += refilled
+        self.carry = carry
+        if self.window is Window.MONTH and now >= self.turns_at:
+            self.turns_at = next_month(now)
+
+    def wait_us(self, level: int, carry: int, now: int) -> int | None:
+        """Time from ``now`` until a ``level`` below zero, with ``carry``, has refilled to zero; ``None``: never."""
+        window = WINDOW_US.get(self.window)
+        if window is None:
+            return max(0, self.turns_at - now) if self.window is Window.MONTH else None
+        if self.amount <= 0:
+            return None
+        return -((level * window + carry) // self.amount)
+
+    # -- amounts ------------------------------------------------------------------------------------------------
+
+    def lower(self, ordinal: int, amount: int) -> None:
+        """Take ``amount`` (≥ 0) off the level, remembering how high it stood before ``ordinal``."""
+        if self.burst - self.level < self.largest:
+            self._push_peak(ordinal, self.level)
+        self.level -= amount
+
+    def grow_largest(self, ordinal: int, hold: int, fresh: bool) -> None:
+        """Note a hold's size. A hold that grew after its grant may have missed peaks: assume the worst of them."""
+        if hold > self.largest:
+            if not fresh:
+                self._push_peak(ordinal, self.burst - self.largest)
+            self.largest = hold
+
+    def credit(self, since: int, amount: int) -> int:
+        """How much of a refund of ``amount``, for a hold granted at ordinal ``since``, may raise the level."""
+        peak = self.level
+        first = bisect_right(self.peaks, since, key=_ordinal)
+        if first < len(self.peaks):
+            peak = max(peak, self.peaks[first][1])
+        return max(0, min(amount, self.burst - peak))
+
+    def move_burst(self, burst: int) -> None:
+        """Change the burst, keeping for every open hold the headroom that it has seen."""
+        moved = burst - self.burst
+        if moved:
+            self.peaks = [(ordinal, level + moved) for ordinal, level in self.peaks]
+            self.burst = burst
+
+    def _push_peak(self, ordinal: int, level: int) -> None:
+        peaks = self.peaks
+        while peaks and peaks[-1][1] <= level:
+            peaks.pop()
+        peaks.append((ordinal, level))
+        if len(peaks) > MAX_PEAKS:
+            self.peaks = _coarser(peaks)
+
+    # -- ends of calls, for readings -----------------------------------------------------------------------------
+
+    def note_end(self, at: int, charge: int, over: int) -> None:
+        """Remember that a call ended at ``at`` with ``charge``, ``over`` less than upstream may have counted."""
+        ends = self.ends
+        total, total_over = (ends[-1][1] + charge, ends[-1][2] + over) if ends else (charge, over)
+        if ends and ends[-1][0] // END_SLOT_US == at // END_SLOT_US:
+            ends[-1] = (at, total, total_over)
+        else:
+            ends.append((at, total, total_over))
+            if len(ends) > MAX_ENDS:
+                del ends[: MAX_ENDS // 10]
+
+    def amend_end(self, at: int, charge: int, over: int) -> None:
+        """A call that ended at ``at`` turned out to have cost ``charge`` more (or less) than noted."""
+        for place in range(bisect_right(self.ends, at - 1, key=_ordinal), len(self.ends)):
+            last, total, total_over = self.ends[place]
+            self.ends[place] = (last, total + charge, total_over + over)
+
+    def ended_since(self, at: int) -> tuple[int, int] | None:
+        """Sum of charges and of over of calls ended at ``at`` or later; ``None`` if that is forgotten.
+
+        Whole slots are counted, so the sums may include calls that ended up to one slot earlier.
+        """
+        ends = self.ends
+        if not ends:
+            return 0, 0
+        first = bisect_right(ends, at - 1, key=_ordinal)
+        if first == 0:
+            # The very first slot still stands if nothing was ever cut off.
+            return (ends[-1][1], ends[-1][2]) if len(ends) < MAX_ENDS * 9 // 10 else None
+        return ends[-1][1] - ends[first - 1][1], ends[-1][2] - ends[first - 1][2]
+
+
+def _ordinal(entry: tuple[int, ...]) -> int:
+    return entry[0]
+
+
+def _coarser(peaks: list[tuple[int, int]]) -> list[tuple[int, int]]:
+    """Halve the stack, overstating levels by at most a 64th of their range (a refund then credits less)."""
+    grain = max(1, (peaks[0][1] - peaks[-1][1]) * 2 // MAX_PEAKS)
+    kept = [peaks[0]]
+    for ordinal, level in peaks[1:]:
+        if kept[-1][1] - level < grain:
+            kept[-1] = (ordinal, kept[-1][1])
+        else:
+            kept.append((ordinal, level))
+    return kept

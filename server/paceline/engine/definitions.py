@@ -1,0 +1,134 @@
+"""Pools, shares and limits: how they come to be, and how an operator changes them."""
+
+from __future__ import annotations
+
+from paceline.engine import answers as an
+from paceline.engine import events as ev
+from paceline.engine import operations as op
+from paceline.engine.answers import Answer
+from paceline.engine.books import FULL, Books
+from paceline.engine.dimensions import UNLIMITED, WINDOW_US, Dimension, Limit, Window
+
+
+class Definitions:
+    """Turns definitions into events."""
+
+    def __init__(self, books: Books) -> None:
+        self._books = books
+        self._state = books.state
+
+    def define(self, operation: op.Operation) -> Answer:
+        """Carry out an administrative operation."""
+        if isinstance(operation, op.DefinePool):
+            return self._pool(operation)
+        if isinstance(operation, op.DefineShare):
+            return self._share(operation)
+        if isinstance(operation, op.DefineSpend):
+            amount = UNLIMITED if operation.cap is None else operation.cap
+            self._set("", "", Limit(Dimension.SPEND, Window.MONTH, amount), FULL)
+            return an.Done()
+        if isinstance(operation, op.SetLimit):
+            return self._override(operation)
+        if isinstance(operation, op.SetMode):
+            if self._state.modes.get((operation.pool, operation.tenant)) is not operation.mode:
+                if len(self._state.modes) >= self._books.caps.shares:
+                    return an.Invalid("tenant", "too many modes are set in this ledger")
+                self._books.emit(ev.ModeSet(operation.pool, operation.tenant, operation.mode))
+            return an.Done()
+        if isinstance(operation, op.SetPaused):
+            return self._pause(operation)
+        raise TypeError(f"not an operation: {type(operation).__name__}")
+
+    def _pool(self, operation: op.DefinePool) -> Answer:
+        state = self._state
+        name = operation.pool
+        counted = {rule.dimension for rule in operation.profile.rules}
+        for place, limit in enumerate(operation.limits):
+            if limit.dimension not in counted or limit.dimension is Dimension.SPEND:
+                return an.Invalid(f"limits[{place}].dimension", "is not counted by the pool's accounting profile")
+        pool = state.pools.get(name)
+        if pool is None and len(state.pools) >= self._books.caps.pools:
+            return an.Invalid("pool", f"the ledger has its most pools ({self._books.caps.pools})")
+        if len(state.buckets) + len(operation.limits) > self._books.caps.buckets:
+            return an.Invalid("pool", f"the ledger has its most limits ({self._books.caps.buckets})")
+        if pool is None or pool.profile != operation.profile or pool.learn is not operation.learn:
+            self._books.emit(ev.PoolDefined(name, operation.profile, operation.learn))
+            self._books.defined()
+        for limit in operation.limits:
+            self._set(name, "", limit, operation.fill)
+        return an.Done()
+
+    def _share(self, operation: op.DefineShare) -> Answer:
+        state = self._state
+        share = state.shares.get(operation.share)
+        if share is None and len(state.shares) >= self._books.caps.shares:
+            return an.Invalid("share", f"the ledger has its most shares ({self._books.caps.shares})")
+        if share is not None and share.caps == operation.caps:
+            return an.Done()
+        self._books.emit(ev.ShareDefined(operation.share, operation.caps))
+        self._books.defined()
+        caps = {cap.dimension: cap for cap in operation.caps}
+        for number, bucket in enumerate(state.buckets):
+            if bucket.share == operation.share:
+                cap = caps.get(bucket.dimension, Limit(bucket.dimension, bucket.window, UNLIMITED))
+                self._configure(number, cap)
+        return an.Done()
+
+    def _override(self, operation: op.SetLimit) -> Answer:
+        number = self._state.addresses.get((operation.pool, "", operation.dimension))
+        if number is None:
+            return an.Invalid("dimension", "the pool has no such limit")
+        bucket = self._books.advance(number)
+        limit = operation.limit
+        if limit is None:
+            limit = Limit(bucket.dimension, bucket.window, bucket.configured, bucket.configured_burst)
+        self.move(number, limit, learned=False, override=operation.limit is not None)
+        return an.Done()
+
+    def _pause(self, operation: op.SetPaused) -> Answer:
+        pool = self._state.pools.get(operation.pool)
+        if pool is None:
+            return an.Invalid("pool", "is not known here")
+        if pool.paused is not operation.paused:
+            self._books.emit(ev.PoolPaused(operation.pool, operation.paused))
+        if not operation.paused and pool.blocked_until > self._state.at:
+            self._books.emit(ev.PoolBlocked(operation.pool, 0, False))
+        return an.Done()
+
+    def _set(self, scope: str, share: str, limit: Limit, fill: int) -> None:
+        number = self._state.addresses.get((scope, share, limit.dimension))
+        if number is None:
+            self._books.add_bucket(scope, share, limit, fill)
+        else:
+            self._configure(number, limit)
+
+    def _configure(self, number: int, limit: Limit) -> None:
+        """Configuration says ``limit``: it rules if that is news, and no operator has overridden it."""
+        bucket = self._state.buckets[number]
+        told = (bucket.configured, bucket.configured_burst, bucket.window)
+        if told == (limit.amount, limit.capacity, limit.window):
+            return
+        bucket = self._books.advance(number)
+        kept = Limit(bucket.dimension, bucket.window, bucket.amount, bucket.burst) if bucket.override else limit
+        self.move(number, kept, learned=False, override=bucket.override, configured=limit)
+
+    def move(
+        self, number: int, limit: Limit, *, learned: bool, override: bool, configured: Limit | None = None
+    ) -> None:
+        """Change a limit. The level stays, within the new burst; what is used of a month or a gauge stays used."""
+        bucket = self._state.buckets[number]
+        burst = limit.capacity
+        shift = burst - bucket.burst if limit.window not in WINDOW_US else min(0, burst - bucket.level)
+        self._books.emit(
+            ev.LimitMoved(
+                number,
+                limit.amount,
+                burst,
+                shift,
+                learned,
+                bucket.configured if configured is None else configured.amount,
+                bucket.configured_burst if configured is None else configured.capacity,
+                override,
+                limit.window,
+            )
+        )

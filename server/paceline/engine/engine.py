@@ -1,0 +1,88 @@
+"""The engine: batches of operations and the time in, answers and events out.
+
+:meth:`Engine.step` decides operations one after the other. What it decides becomes events, folded into the state at
+once; nothing else ever changes the books, and an event carries results, so replaying the journal needs no decision.
+
+Where to find what: Reserve, waiting and granting in :mod:`~paceline.engine.reserving`; Commit, Release, Renew and
+expiry in :mod:`~paceline.engine.settling`; readings of headers in :mod:`~paceline.engine.teaching`; pools, shares and
+limits in :mod:`~paceline.engine.definitions`; one dimension's arithmetic in :mod:`~paceline.engine.bucket`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import msgspec
+
+from paceline.engine import events as ev
+from paceline.engine import operations as op
+from paceline.engine.answers import Answer
+from paceline.engine.books import Books, Caps
+from paceline.engine.definitions import Definitions
+from paceline.engine.operations import Operation
+from paceline.engine.reserving import Reserving
+from paceline.engine.settling import Settling
+from paceline.engine.state import State
+from paceline.engine.stats import Stats
+from paceline.engine.teaching import Teacher
+
+__all__ = ["Caps", "Engine", "Step"]
+
+
+class Step(msgspec.Struct):
+    """What a step did: answers by ticket, events to journal, and when the next step is due without operations."""
+
+    at: int
+    answers: list[tuple[int, Answer]]
+    events: list[ev.Event]
+    wake_at: int | None
+
+
+class Engine:
+    """Decides for one ledger. Not thread-safe; the caller owns the time."""
+
+    def __init__(self, ledger: str, state: State | None = None, caps: Caps = Caps()) -> None:  # noqa: B008
+        self.state = State(ledger) if state is None else state
+        self.stats = Stats()
+        self._books = Books(self.state, caps)
+        self._definitions = Definitions(self._books)
+        self._teacher = Teacher(self._books, self._definitions, self.stats)
+        self._reserving = Reserving(self._books, self._teacher, self.stats)
+        self._settling = Settling(self._books, self._reserving, self._teacher, self.stats)
+
+    def step(self, now: int, operations: Sequence[tuple[int, Operation]]) -> Step:
+        """Decide a batch at ``now`` (µs of ledger time; earlier than before counts as before).
+
+        A Reserve that waits is answered by a later step, under the ticket that it came with.
+        """
+        books, reserving, settling = self._books, self._reserving, self._settling
+        answers: list[tuple[int, Answer]] = []
+        books.begin(now)
+        reserving.begin(answers)
+        settling.expire()
+        for ticket, operation in operations:
+            if isinstance(operation, op.Reserve):
+                reserving.reserve(ticket, operation)
+            elif isinstance(operation, op.Commit):
+                answers.append((ticket, settling.commit(operation)))
+            elif isinstance(operation, op.Renew):
+                answers.append((ticket, settling.renew(operation)))
+            elif isinstance(operation, op.Release):
+                answers.append((ticket, settling.release(operation)))
+            elif isinstance(operation, op.Observe):
+                answers.append((ticket, settling.observe(operation)))
+            else:
+                answers.append((ticket, self._definitions.define(operation)))
+        reserving.serve()
+        for expires_at, key in reserving.granted:
+            settling.watch(expires_at, key)
+        settling.forget()
+        return Step(books.now, answers, books.events, self._wake_at())
+
+    def waiting(self) -> dict[str, int]:
+        """Number of waiters by pool."""
+        return self._reserving.waiting()
+
+    def _wake_at(self) -> int | None:
+        times = [at for at in (self._reserving.wake_at(), self._settling.wake_at()) if at is not None]
+        return max(self._books.now + 1, min(times)) if times else None

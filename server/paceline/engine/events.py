@@ -1,0 +1,249 @@
+"""What happened to a ledger. Events carry results (amounts, instants), so that folding them decides nothing.
+
+A batch of events is journalled as one record. New kinds go to the end of :data:`Event`; a kind's fields are only ever
+added at its end, with a default, so that a version reads what the one before wrote.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import msgspec
+
+from paceline.engine.accounting import Prices, Profile, Sizes
+from paceline.engine.bucket import Constraint
+from paceline.engine.dimensions import Dimension, Limit, Window
+from paceline.engine.operations import Mode, Priority
+
+
+class Clocked(msgspec.Struct, frozen=True, array_like=True, tag="at", gc=False):
+    """The events that follow happened at ``at``."""
+
+    at: int
+
+
+class Advanced(msgspec.Struct, frozen=True, array_like=True, tag="adv", gc=False):
+    """A bucket came to the present."""
+
+    bucket: int
+    refilled: int
+    carry: int
+
+
+class PoolDefined(msgspec.Struct, frozen=True, array_like=True, tag="pool"):
+    pool: str
+    profile: Profile
+    learn: bool
+
+
+class BucketAdded(msgspec.Struct, frozen=True, array_like=True, tag="bkt"):
+    """A bucket got the next number, holding ``level`` at first. An empty ``pool`` holds over all pools."""
+
+    pool: str
+    share: str
+    dimension: Dimension
+    window: Window
+    amount: int
+    burst: int
+    level: int
+    override: bool
+
+
+class ShareDefined(msgspec.Struct, frozen=True, array_like=True, tag="share"):
+    share: str
+    caps: tuple[Limit, ...]
+
+
+class LimitMoved(msgspec.Struct, frozen=True, array_like=True, tag="lim"):
+    """A limit changed; ``adjusted`` moved the level with it.
+
+    ``learned`` says that a reading did it now (else configuration or an operator, whose figures are then
+    ``configured`` and ``configured_burst``).
+    """
+
+    bucket: int
+    amount: int
+    burst: int
+    adjusted: int
+    learned: bool
+    configured: int
+    configured_burst: int
+    override: bool
+    window: Window
+
+
+class LimitClaimed(msgspec.Struct, frozen=True, array_like=True, tag="claim", gc=False):
+    """A reading claimed a higher limit (``None``: no longer); the next one may confirm it."""
+
+    bucket: int
+    amount: int | None
+
+
+class Granted(msgspec.Struct, frozen=True, array_like=True, tag="grant"):
+    """A reservation was opened. ``holds`` and ``overs`` go with ``buckets``."""
+
+    key: str
+    pool: str
+    shares: tuple[str, ...]
+    tenant: str
+    route: str
+    priority: Priority
+    buckets: tuple[int, ...]
+    holds: tuple[int, ...]
+    overs: tuple[int, ...]
+    sizes: Sizes
+    prices: Prices
+    index: int
+    expires_at: int
+
+
+class GrantedTogether(msgspec.Struct, frozen=True, array_like=True, tag="bulk"):
+    """The reservations of ``keys``, just granted, answer the bulk request ``key``."""
+
+    key: str
+    keys: tuple[str, ...]
+
+
+class Renewed(msgspec.Struct, frozen=True, array_like=True, tag="renew"):
+    key: str
+    expires_at: int
+    output_tokens: int | None
+    holds: tuple[int, ...]
+    overs: tuple[int, ...]
+
+
+class Settled(msgspec.Struct, frozen=True, array_like=True, tag="settle"):
+    """An open reservation ended with ``charges``; of what it gave back, ``forfeits`` were not credited."""
+
+    key: str
+    charges: tuple[int, ...]
+    forfeits: tuple[int, ...]
+    overs: tuple[int, ...]
+    cost: int
+
+
+class Released(msgspec.Struct, frozen=True, array_like=True, tag="rel"):
+    key: str
+    forfeits: tuple[int, ...]
+
+
+class Expired(msgspec.Struct, frozen=True, array_like=True, tag="exp"):
+    """An open reservation ran out; ``charges`` stay."""
+
+    key: str
+    charges: tuple[int, ...]
+    forfeits: tuple[int, ...]
+    overs: tuple[int, ...]
+    cost: int
+
+
+class Replaced(msgspec.Struct, frozen=True, array_like=True, tag="late"):
+    """A late usage took the place of what an ended reservation was charged."""
+
+    key: str
+    charges: tuple[int, ...]
+    forfeits: tuple[int, ...]
+    overs: tuple[int, ...]
+    cost: int
+
+
+class Booked(msgspec.Struct, frozen=True, array_like=True, tag="book"):
+    """A call was booked that had no open reservation here. An empty ``key`` is not remembered."""
+
+    key: str
+    pool: str
+    shares: tuple[str, ...]
+    buckets: tuple[int, ...]
+    charges: tuple[int, ...]
+    overs: tuple[int, ...]
+    granted_at: int
+    cost: int
+
+
+class Tombstoned(msgspec.Struct, frozen=True, array_like=True, tag="tomb"):
+    key: str
+
+
+class Forgotten(msgspec.Struct, frozen=True, array_like=True, tag="forget", gc=False):
+    """The oldest ``count`` ended reservations left the memory."""
+
+    count: int
+
+
+class Corrected(msgspec.Struct, frozen=True, array_like=True, tag="fix", gc=False):
+    """A reading moved a level."""
+
+    bucket: int
+    adjusted: int
+
+
+class ReadingKept(msgspec.Struct, frozen=True, array_like=True, tag="read"):
+    """A reading stands for a bucket from now on (``None``: none does)."""
+
+    bucket: int
+    constraint: Constraint | None
+
+
+class LimitConfirmed(msgspec.Struct, frozen=True, array_like=True, tag="conf", gc=False):
+    """A reading confirmed what was learned of a limit."""
+
+    bucket: int
+
+
+class PoolBlocked(msgspec.Struct, frozen=True, array_like=True, tag="block"):
+    """The upstream wants no call to the pool until ``until``; ``closed`` if for its spend cap."""
+
+    pool: str
+    until: int
+    closed: bool
+
+
+class PoolPaused(msgspec.Struct, frozen=True, array_like=True, tag="pause"):
+    pool: str
+    paused: bool
+
+
+class ModeSet(msgspec.Struct, frozen=True, array_like=True, tag="mode"):
+    pool: str
+    tenant: str
+    mode: Mode
+
+
+Event = (
+    Clocked
+    | Advanced
+    | PoolDefined
+    | BucketAdded
+    | ShareDefined
+    | LimitMoved
+    | LimitClaimed
+    | Granted
+    | GrantedTogether
+    | Renewed
+    | Settled
+    | Released
+    | Expired
+    | Replaced
+    | Booked
+    | Tombstoned
+    | Forgotten
+    | Corrected
+    | ReadingKept
+    | LimitConfirmed
+    | PoolBlocked
+    | PoolPaused
+    | ModeSet
+)
+
+_encoder = msgspec.msgpack.Encoder()
+_decoder = msgspec.msgpack.Decoder(list[Event])
+
+
+def encode(events: Sequence[Event]) -> bytes:
+    """The journal's form of a batch of events (MessagePack)."""
+    return _encoder.encode(events)
+
+
+def decode(data: bytes) -> list[Event]:
+    """The inverse of :func:`encode`. Raises :class:`msgspec.ValidationError` on an unknown kind or shape."""
+    return _decoder.decode(data)

@@ -1,0 +1,236 @@
+"""What can be asked of a ledger: the inputs of :meth:`paceline.engine.engine.Engine.step`.
+
+Everything here is already validated and resolved: a target has become a pool, a tenant its shares, headers an
+:class:`Observation`. Times are durations in microseconds; the instant comes with the batch.
+"""
+
+from __future__ import annotations
+
+from enum import IntEnum
+
+import msgspec
+
+from paceline.engine.accounting import Estimate, Prices, Profile, Usage, UsageKind
+from paceline.engine.dimensions import Dimension, Limit
+
+NO_PRICES = Prices()
+
+
+class Priority(IntEnum):
+    """The numbers are those of ``paceline.v1.Priority``; smaller goes first."""
+
+    INTERACTIVE = 1
+    STANDARD = 2
+    BATCH = 3
+
+
+class Mode(IntEnum):
+    """Whether decisions bind (``ENFORCE``) or are only recorded (``OBSERVE``)."""
+
+    ENFORCE = 1
+    OBSERVE = 2
+
+
+class Disposition(IntEnum):
+    """How a call ended. The numbers are those of ``paceline.v1.Disposition``."""
+
+    SUCCEEDED = 1
+    REJECTED = 2
+    FAILED = 3
+    ABORTED = 4
+    NO_RESPONSE = 5
+    NOT_SENT = 6
+
+
+class Refusal(IntEnum):
+    """Why an upstream refused a call."""
+
+    BUDGET = 1
+    """A bucket was short (429 with or without ``retry-after``)."""
+    OVERLOAD = 2
+    """The service was overloaded (529, 503): nothing about budget."""
+    SPEND = 3
+    """The account's spend cap: nothing will pass until an operator or the month opens it."""
+    OTHER = 4
+
+
+class Reading(msgspec.Struct, frozen=True, array_like=True):
+    """What one response said of one dimension.
+
+    ``remaining`` may be off by half of ``rounding`` (0: exact). ``reset_us`` is the time from the reading to a full
+    bucket, off by up to ``reset_error_us``. Any figure may be missing.
+    """
+
+    dimension: Dimension
+    limit: int | None = None
+    remaining: int | None = None
+    rounding: int = 0
+    reset_us: int | None = None
+    reset_error_us: int = 0
+
+
+class Observation(msgspec.Struct, frozen=True, array_like=True):
+    """What one response said of the limits, ``age_us`` after the caller had received its headers.
+
+    ``retry_after_us`` goes with ``refusal``; ``refused`` is the dimension that the refusal names, if it names one.
+    """
+
+    readings: tuple[Reading, ...] = ()
+    age_us: int = 0
+    refusal: Refusal | None = None
+    refused: Dimension | None = None
+    retry_after_us: int | None = None
+
+
+class Outcome(msgspec.Struct, frozen=True, array_like=True):
+    """What became of a call. ``usage`` is ``None`` exactly when ``usage_kind`` is ``MISSING``."""
+
+    disposition: Disposition
+    usage: Usage | None = None
+    usage_kind: UsageKind = UsageKind.MISSING
+    observation: Observation | None = None
+
+
+class Candidate(msgspec.Struct, frozen=True, array_like=True):
+    """One way to serve a call: a pool, the shares it counts against there (outermost first), and its size."""
+
+    pool: str
+    shares: tuple[str, ...] = ()
+    estimate: Estimate = Estimate()
+    prices: Prices = NO_PRICES
+
+
+class Context(msgspec.Struct, frozen=True, array_like=True):
+    """What a grant said, enough to book its Commit in a ledger that has forgotten it.
+
+    ``charges`` are the frozen holds of one call, by dimension; ``granted_at`` is ledger time in µs. The context of a
+    bulk grant carries the key of the request and serves its ``count`` children (:mod:`paceline.engine.keys`).
+    """
+
+    ledger: str
+    key: str
+    pool: str
+    shares: tuple[str, ...]
+    tenant: str
+    route: str
+    granted_at: int
+    charges: tuple[tuple[Dimension, int], ...]
+    prices: Prices
+    count: int = 1
+
+
+class Reserve(msgspec.Struct, frozen=True, tag=True):
+    """Hold the first candidate that fits, now or within ``max_wait_us``.
+
+    ``count`` > 1 asks for that many reservations at once (``partial``: as many as fit, at least one).
+    """
+
+    key: str
+    candidates: tuple[Candidate, ...]
+    tenant: str = ""
+    route: str = ""
+    priority: Priority = Priority.STANDARD
+    max_wait_us: int = 0
+    hold_us: int = 300_000_000
+    count: int = 1
+    partial: bool = False
+    waited_us: int = 0
+
+
+class Commit(msgspec.Struct, frozen=True, tag=True):
+    """Settle a reservation. ``context`` books it if the ledger does not know ``key``."""
+
+    key: str
+    outcome: Outcome
+    context: Context | None = None
+
+
+class Release(msgspec.Struct, frozen=True, tag=True):
+    """The call was never made: give everything back, withdraw a waiting one, or leave a tombstone."""
+
+    key: str
+    context: Context | None = None
+
+
+class Renew(msgspec.Struct, frozen=True, tag=True):
+    """The call goes on: a new expiry (``None`` keeps it), output so far, an early observation."""
+
+    key: str
+    context: Context | None = None
+    hold_us: int | None = None
+    output_tokens: int | None = None
+    observation: Observation | None = None
+
+
+class Observe(msgspec.Struct, frozen=True, tag=True):
+    """Book and learn from a call that was made without a grant. A ``key`` is booked once; empty is not remembered."""
+
+    candidate: Candidate
+    outcome: Outcome
+    tenant: str = ""
+    route: str = ""
+    key: str = ""
+
+
+class DefinePool(msgspec.Struct, frozen=True, tag=True):
+    """Create a pool, or bring it to a new definition without touching what it has learned beyond that.
+
+    ``fill`` is how full its limits start, in thousandths: the upstream's level is not known before the first answer.
+    """
+
+    pool: str
+    profile: Profile
+    limits: tuple[Limit, ...]
+    learn: bool = True
+    fill: int = 1_000
+
+
+class DefineShare(msgspec.Struct, frozen=True, tag=True):
+    """Create or change a share: caps per dimension in each pool; a ``SPEND`` cap holds over all pools."""
+
+    share: str
+    caps: tuple[Limit, ...] = ()
+
+
+class DefineSpend(msgspec.Struct, frozen=True, tag=True):
+    """Set the account's monthly spend cap in nano-dollars; ``None`` only counts."""
+
+    cap: int | None = None
+
+
+class SetLimit(msgspec.Struct, frozen=True, tag=True):
+    """An operator's override of one limit of a pool; ``None`` lifts it and lets learning rule again."""
+
+    pool: str
+    dimension: Dimension
+    limit: Limit | None
+
+
+class SetMode(msgspec.Struct, frozen=True, tag=True):
+    """Enforce or observe, for a pool and a tenant. Empty means every; the most specific wins."""
+
+    mode: Mode
+    pool: str = ""
+    tenant: str = ""
+
+
+class SetPaused(msgspec.Struct, frozen=True, tag=True):
+    """Pause or resume a pool. A paused pool grants nothing; what is open settles as always."""
+
+    pool: str
+    paused: bool
+
+
+Operation = (
+    Reserve
+    | Commit
+    | Release
+    | Renew
+    | Observe
+    | DefinePool
+    | DefineShare
+    | DefineSpend
+    | SetLimit
+    | SetMode
+    | SetPaused
+)

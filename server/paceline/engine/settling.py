@@ -1,0 +1,424 @@
+"""The ends of reservations: Commit, Release, expiry; and what comes in between, Renew.
+
+Every reservation ends once. What comes later either is the same answer again, or replaces what an expiry had assumed;
+it never adds a second charge.
+"""
+
+from __future__ import annotations
+
+from heapq import heappop, heappush
+from itertools import islice
+
+import msgspec
+
+from paceline.engine import answers as an
+from paceline.engine import events as ev
+from paceline.engine import operations as op
+from paceline.engine.accounting import WEIGHT_ONE, Prices, Sizes, Usage, UsageKind, expected_usage
+from paceline.engine.answers import Answer
+from paceline.engine.books import Books
+from paceline.engine.dimensions import GAUGES, Dimension
+from paceline.engine.operations import Disposition, Refusal
+from paceline.engine.reserving import Reserving
+from paceline.engine.state import Ended, EndKind, Reservation
+from paceline.engine.stats import Stats
+from paceline.engine.teaching import UNKNOWN_CALL, Call, Teacher
+
+_NO_ANSWER = op.Outcome(Disposition.NO_RESPONSE)
+
+
+class Charged(msgspec.Struct, frozen=True):
+    """What stands in each bucket, what upstream may have counted beyond it, and the cost in nano-dollars."""
+
+    amounts: tuple[int, ...]
+    overs: tuple[int, ...]
+    cost: int
+
+
+class Settling:
+    """Ends reservations."""
+
+    def __init__(self, books: Books, reserving: Reserving, teacher: Teacher, stats: Stats) -> None:
+        self._books = books
+        self._reserving = reserving
+        self._teacher = teacher
+        self._stats = stats
+        self._expiries: list[tuple[int, str]] = []
+        for reservation in books.state.open.values():
+            heappush(self._expiries, (reservation.expires_at, reservation.key))
+
+    def watch(self, expires_at: int, key: str) -> None:
+        """A reservation was opened."""
+        heappush(self._expiries, (expires_at, key))
+
+    # -- Commit -------------------------------------------------------------------------------------------------
+
+    def commit(self, operation: op.Commit) -> Answer:
+        """Settle a reservation by what its call did cost."""
+        state = self._books.state
+        reservation = state.open.get(operation.key)
+        if reservation is not None:
+            return self._commit_open(reservation, operation.outcome)
+        if self._reserving.waits(operation.key):
+            return an.Invalid("reservation_id", "still waits: there is no grant to commit; release it instead")
+        ended = state.ended.get(operation.key)
+        if ended is not None and (ended.granted_at is not None or operation.context is None):
+            return self._commit_ended(operation, ended)
+        context = operation.context
+        if context is None:
+            return an.Invalid("context", "is needed, because the reservation is not known here")
+        return self._commit_forgotten(operation.key, context, operation.outcome)
+
+    def _commit_open(self, reservation: Reservation, outcome: op.Outcome) -> Answer:
+        books = self._books
+        numbers = reservation.buckets
+        if outcome.disposition is Disposition.NOT_SENT:
+            self._release_open(reservation)
+            return an.Committed(books.by_dimension(numbers, (0,) * len(numbers)))
+        charged = self._charge_reservation(reservation, outcome)
+        forfeits = self._forfeits(numbers, reservation.holds, charged.amounts, reservation.ordinal)
+        books.emit(ev.Settled(reservation.key, charged.amounts, forfeits, charged.overs, charged.cost))
+        self._stats.settled(reservation.pool, outcome)
+        if outcome.observation is not None:
+            self._teacher.observe(
+                reservation.pool,
+                outcome.observation,
+                books.now,
+                Call(reservation.granted_at, numbers, charged.amounts),
+                Call(reservation.granted_at, numbers, reservation.holds),
+            )
+        self._teacher.hold_to_readings(numbers, books.now)
+        return an.Committed(books.by_dimension(numbers, charged.amounts), charged.cost)
+
+    def _commit_ended(self, operation: op.Commit, ended: Ended) -> Answer:
+        books, outcome = self._books, operation.outcome
+        if ended.kind is EndKind.TOGETHER:
+            return an.Invalid("reservation_id", "is a bulk grant: commit its child reservations")
+        if ended.kind is EndKind.TOMBSTONE:
+            return an.Invalid("reservation_id", "was released before it was granted: there is nothing to commit")
+        charges = ended.charges
+        if ended.kind is EndKind.SETTLED:
+            return an.Committed(books.by_dimension(ended.buckets, charges), ended.cost, duplicate=True)
+        charged = self._charge(ended.pool, ended.buckets, charges, ended.prices, ended.sizes, None, outcome)
+        forfeits = self._forfeits(ended.buckets, charges, charged.amounts, ended.ordinal)
+        books.emit(ev.Replaced(operation.key, charged.amounts, forfeits, charged.overs, charged.cost))
+        self._stats.settled(ended.pool, outcome)
+        self._teacher.observe(
+            ended.pool,
+            outcome.observation,
+            books.now,
+            Call(ended.granted_at, ended.buckets, charged.amounts),
+            Call(ended.granted_at, ended.buckets, charges),
+        )
+        self._teacher.hold_to_readings(ended.buckets, books.now)
+        return an.Committed(books.by_dimension(ended.buckets, charged.amounts), charged.cost, late=True)
+
+    def _commit_forgotten(self, key: str, context: op.Context, outcome: op.Outcome) -> Answer:
+        """Book a call from the context of its grant; this ledger has lost or never had the reservation."""
+        books = self._books
+        if context.pool not in books.state.pools:
+            return an.Invalid("context", "names a pool that this ledger does not have")
+        if self.is_stale(context.granted_at):
+            self._teacher.observe(context.pool, outcome.observation, books.now, UNKNOWN_CALL, UNKNOWN_CALL)
+            return an.Committed(stale=True)
+        numbers = books.plan(context.pool, context.shares)
+        if numbers is None:
+            return an.Invalid("context", f"the ledger has its most limits ({books.caps.buckets})")
+        frozen = dict(context.charges)
+        holds = tuple(frozen.get(books.state.buckets[number].dimension, 0) for number in numbers)
+        charged = self._charge(context.pool, numbers, holds, context.prices, None, None, outcome)
+        self._book(key, context.pool, context.shares, numbers, charged, context.granted_at)
+        self._stats.settled(context.pool, outcome)
+        self._teacher.observe(
+            context.pool,
+            outcome.observation,
+            books.now,
+            Call(context.granted_at, numbers, charged.amounts),
+            Call(context.granted_at, numbers, holds),
+        )
+        self._teacher.hold_to_readings(numbers, books.now)
+        return an.Committed(books.by_dimension(numbers, charged.amounts), charged.cost, late=True)
+
+    def is_stale(self, granted_at: int) -> bool:
+        """Whether a grant of that instant may have been settled and forgotten."""
+        return granted_at <= self._books.state.horizon or granted_at < self._books.now - self._books.caps.memory_us
+
+    def observe(self, operation: op.Observe) -> Answer:
+        """Book a call that was made without a grant."""
+        books, candidate, outcome = self._books, operation.candidate, operation.outcome
+        if operation.key:
+            ended = books.state.ended.get(operation.key)
+            if ended is not None:
+                charges = books.by_dimension(ended.buckets, ended.charges)
+                return an.Committed(charges, ended.cost, duplicate=True)
+            if operation.key in books.state.open or self._reserving.waits(operation.key):
+                return an.Invalid("observation_id", "is the id of a reservation")
+        pool = books.state.pools.get(candidate.pool)
+        if pool is None:
+            return an.Invalid("target", "has no pool in this ledger")
+        numbers = books.plan(candidate.pool, candidate.shares)
+        if numbers is None:
+            return an.Invalid("tenant", f"the ledger has its most limits ({books.caps.buckets})")
+        sizes = pool.profile.fill(candidate.estimate)
+        holds = books.holds(candidate.pool, numbers, sizes, candidate.prices)
+        charged = self._charge(candidate.pool, numbers, holds, candidate.prices, sizes, None, outcome)
+        self._book(operation.key, candidate.pool, candidate.shares, numbers, charged, books.now)
+        self._stats.settled(candidate.pool, outcome)
+        self._teacher.observe(
+            candidate.pool,
+            outcome.observation,
+            books.now,
+            Call(None, numbers, charged.amounts),
+            Call(None, numbers, holds),
+        )
+        self._teacher.hold_to_readings(numbers, books.now)
+        return an.Committed(books.by_dimension(numbers, charged.amounts), charged.cost)
+
+    def _book(
+        self,
+        key: str,
+        pool: str,
+        shares: tuple[str, ...],
+        numbers: tuple[int, ...],
+        charged: Charged,
+        granted_at: int,
+    ) -> None:
+        for number in numbers:
+            self._books.advance(number)
+        self._books.emit(
+            ev.Booked(key, pool, shares, numbers, charged.amounts, charged.overs, granted_at, charged.cost)
+        )
+
+    # -- what a call is charged in the end -------------------------------------------------------------------------
+
+    def _charge_reservation(self, reservation: Reservation, outcome: op.Outcome) -> Charged:
+        return self._charge(
+            reservation.pool,
+            reservation.buckets,
+            reservation.holds,
+            reservation.prices,
+            reservation.sizes,
+            reservation.output_tokens,
+            outcome,
+        )
+
+    def _charge(
+        self,
+        pool: str,
+        numbers: tuple[int, ...],
+        holds: tuple[int, ...],
+        prices: Prices,
+        sizes: Sizes | None,
+        output_tokens: int | None,
+        outcome: op.Outcome,
+    ) -> Charged:
+        books = self._books
+        profile = books.state.pools[pool].profile
+        rules = books.rules(pool)
+        usage = outcome.usage
+        if outcome.usage_kind is UsageKind.MISSING or usage is None:
+            usage = _unreported(sizes, output_tokens, outcome, profile.refused_counts)
+        final = outcome.usage_kind is UsageKind.FINAL
+        amounts, overs = [], []
+        cost = 0 if usage is None else prices.cost(usage)
+        for number, hold in zip(numbers, holds, strict=True):
+            dimension = books.state.buckets[number].dimension
+            rule = rules.get(dimension)
+            if dimension in GAUGES:
+                charge = 0
+            elif usage is None:
+                charge = hold
+                if dimension is Dimension.SPEND:
+                    cost = hold
+            elif dimension is Dimension.SPEND:
+                charge = cost
+            elif rule is None:
+                charge = hold
+            else:
+                charge = rule.settle(usage, hold)
+            amounts.append(charge)
+            overs.append(_over_at_the_end(dimension, charge, profile.estimate_slack, final))
+        return Charged(tuple(amounts), tuple(overs), cost)
+
+    def _forfeits(
+        self, numbers: tuple[int, ...], holds: tuple[int, ...], charges: tuple[int, ...], ordinal: int
+    ) -> tuple[int, ...]:
+        """What of each refund may not be credited. Brings the buckets to the present."""
+        forfeits = []
+        for number, hold, charge in zip(numbers, holds, charges, strict=True):
+            bucket = self._books.advance(number)
+            back = hold - charge
+            forfeits.append(back - bucket.credit(ordinal, back) if back > 0 else 0)
+        return tuple(forfeits)
+
+    # -- Release, expiry, forgetting --------------------------------------------------------------------------------
+
+    def release(self, operation: op.Release) -> Answer:
+        """The call was never made."""
+        key, state = operation.key, self._books.state
+        reservation = state.open.get(key)
+        if reservation is not None:
+            self._release_open(reservation)
+            return an.Released(released=True)
+        if self._reserving.waits(key):
+            self._reserving.withdraw(key)
+            self._books.emit(ev.Tombstoned(key))
+            return an.Released(released=True)
+        ended = state.ended.get(key)
+        if ended is None:
+            if operation.context is not None and self.is_stale(operation.context.granted_at):
+                return an.Released(stale=True)
+            self._books.emit(ev.Tombstoned(key))
+            return an.Released(tombstone=True)
+        if ended.kind is EndKind.TOGETHER:
+            still_open = [child for child in ended.keys if child in state.open]
+            for child in still_open:
+                self._release_open(state.open[child])
+            return an.Released(released=bool(still_open), duplicate=not still_open)
+        if ended.kind is EndKind.EXPIRED:
+            nothing = (0,) * len(ended.buckets)
+            forfeits = self._forfeits(ended.buckets, ended.charges, nothing, ended.ordinal)
+            self._books.emit(ev.Replaced(key, nothing, forfeits, nothing, 0))
+            self._teacher.hold_to_readings(ended.buckets, self._books.now)
+            return an.Released(released=True, late=True)
+        return an.Released(duplicate=True)
+
+    def _release_open(self, reservation: Reservation) -> None:
+        nothing = (0,) * len(reservation.holds)
+        forfeits = self._forfeits(reservation.buckets, reservation.holds, nothing, reservation.ordinal)
+        self._books.emit(ev.Released(reservation.key, forfeits))
+        self._teacher.hold_to_readings(reservation.buckets, self._books.now)
+
+    def expire(self) -> None:
+        """End every hold whose time is up; what it may have used stays charged."""
+        expiries, now = self._expiries, self._books.now
+        while expiries and expiries[0][0] <= now:
+            expires_at, key = heappop(expiries)
+            reservation = self._books.state.open.get(key)
+            if reservation is None or reservation.expires_at != expires_at:
+                continue
+            charged = self._charge_reservation(reservation, _NO_ANSWER)
+            numbers = reservation.buckets
+            forfeits = self._forfeits(numbers, reservation.holds, charged.amounts, reservation.ordinal)
+            self._books.emit(ev.Expired(key, charged.amounts, forfeits, charged.overs, charged.cost))
+            self._teacher.hold_to_readings(numbers, now)
+            self._stats.expired(reservation.pool)
+
+    def forget(self) -> None:
+        """Bound the memory of ended reservations, in number and in age."""
+        ended = self._books.state.ended
+        count = max(0, len(ended) - self._books.caps.ended)
+        oldest = self._books.now - self._books.caps.memory_us
+        for entry in islice(ended.values(), count, None):
+            if entry.ended_at >= oldest:
+                break
+            count += 1
+        if count:
+            self._books.emit(ev.Forgotten(count))
+
+    def wake_at(self) -> int | None:
+        """When the next hold expires."""
+        expiries = self._expiries
+        while expiries:
+            expires_at, key = expiries[0]
+            reservation = self._books.state.open.get(key)
+            if reservation is not None and reservation.expires_at == expires_at:
+                return expires_at
+            heappop(expiries)
+        return None
+
+    # -- Renew ------------------------------------------------------------------------------------------------------
+
+    def renew(self, operation: op.Renew) -> Answer:
+        """The call goes on."""
+        books = self._books
+        reservation = books.state.open.get(operation.key)
+        if reservation is None:
+            return self._renew_ended(operation)
+        output = reservation.output_tokens
+        if operation.output_tokens is not None:
+            output = max(output or 0, operation.output_tokens)
+        expires_at = reservation.expires_at
+        if operation.hold_us is not None:
+            expires_at = max(expires_at, books.now + operation.hold_us)
+        holds, overs = self._grown(reservation, output)
+        if (expires_at, output) != (reservation.expires_at, reservation.output_tokens):
+            for number in reservation.buckets:
+                books.advance(number)
+            books.emit(ev.Renewed(operation.key, expires_at, output, holds, overs))
+            if expires_at != reservation.expires_at:
+                heappush(self._expiries, (expires_at, operation.key))
+        call = Call(reservation.granted_at, reservation.buckets, holds)
+        self._teacher.observe(reservation.pool, operation.observation, books.now, call, call)
+        return an.Renewed(expires_at - books.now)
+
+    def _renew_ended(self, operation: op.Renew) -> Answer:
+        state, context = self._books.state, operation.context
+        if self._reserving.waits(operation.key):
+            return an.Invalid("reservation_id", "still waits: there is no grant to renew")
+        ended = state.ended.get(operation.key)
+        if ended is not None and ended.kind is EndKind.TOGETHER:
+            still_open = [child for child in ended.keys if child in state.open]
+            answers = [self.renew(msgspec.structs.replace(operation, key=child)) for child in still_open]
+            return answers[0] if answers else an.Renewed(ended=True)
+        if ended is not None:
+            call = Call(ended.granted_at, ended.buckets, ended.charges)
+            self._teacher.observe(ended.pool, operation.observation, self._books.now, call, call)
+            late = ended.kind is EndKind.EXPIRED
+            return an.Renewed(ended=not late, late=late)
+        if context is None:
+            return an.Invalid("context", "is needed, because the reservation is not known here")
+        self._teacher.observe(context.pool, operation.observation, self._books.now, UNKNOWN_CALL, UNKNOWN_CALL)
+        stale = self.is_stale(context.granted_at)
+        return an.Renewed(stale=stale, late=not stale)
+
+    def _grown(self, reservation: Reservation, output: int | None) -> tuple[tuple[int, ...], tuple[int, ...]]:
+        """Holds that cover the output reported, and what upstream may still count beyond them."""
+        if output is None or output <= reservation.sizes.output_tokens:
+            return reservation.holds, reservation.overs
+        sizes = msgspec.structs.replace(reservation.sizes, output_tokens=output)
+        wanted = self._books.holds(reservation.pool, reservation.buckets, sizes, reservation.prices)
+        holds, overs = [], []
+        for place, number in enumerate(reservation.buckets):
+            hold = max(reservation.holds[place], wanted[place])
+            over = reservation.overs[place]
+            if self._books.state.buckets[number].dimension is Dimension.OUTPUT_TOKENS:
+                over = max(0, over - (hold - reservation.holds[place]))
+            holds.append(hold)
+            overs.append(over)
+        return tuple(holds), tuple(overs)
+
+
+def _unreported(
+    sizes: Sizes | None, output_tokens: int | None, outcome: op.Outcome, refused_counts: bool
+) -> Usage | None:
+    """What to book when the response told no usage; ``None``: what is held stands.
+
+    A refusal uses no tokens. A failure before any output has used its input. A call whose answer never came may have
+    used all that it held, or what Renew last reported.
+    """
+    requests = 1 if sizes is None else sizes.requests
+    refusal = None if outcome.observation is None else outcome.observation.refusal
+    if outcome.disposition is Disposition.NOT_SENT:
+        return Usage(0)
+    if outcome.disposition is Disposition.REJECTED:
+        counts = refusal is None or refusal is Refusal.OTHER or refused_counts
+        return Usage(requests if counts else 0)
+    if refusal is Refusal.OVERLOAD:
+        return Usage(requests)
+    if sizes is None:
+        return None
+    if output_tokens is not None:
+        return expected_usage(msgspec.structs.replace(sizes, output_tokens=output_tokens))
+    if outcome.disposition is Disposition.FAILED:
+        return expected_usage(msgspec.structs.replace(sizes, output_tokens=0))
+    return None
+
+
+def _over_at_the_end(dimension: Dimension, charge: int, slack: int, final: bool) -> int:
+    """What upstream may have counted at some time beyond the charge of an ended call."""
+    if dimension in GAUGES or dimension in (Dimension.SPEND, Dimension.REQUESTS):
+        return 0
+    if dimension is Dimension.OUTPUT_TOKENS and final:
+        return 0
+    return -(-charge * (slack - WEIGHT_ONE) // WEIGHT_ONE)

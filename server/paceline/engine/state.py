@@ -1,0 +1,514 @@
+"""The state of a ledger: the fold of its events, and nothing else.
+
+:meth:`State.apply` adds and assigns; every decision was taken before the event was made. Waiters are not here: they
+are soft, and die with the process that keeps them.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Iterable, Iterator
+from enum import IntEnum
+from itertools import islice
+from typing import Any
+
+import msgspec
+
+from paceline.engine import events as ev
+from paceline.engine.accounting import Prices, Profile, Sizes
+from paceline.engine.bucket import Bucket, Constraint
+from paceline.engine.calendar import next_month
+from paceline.engine.dimensions import Dimension, Limit, Window
+from paceline.engine.operations import Mode, Priority
+
+CHUNK_ENTRIES = 1_000
+FORMAT = 1
+"""Version of the snapshot's form."""
+
+
+class Reservation(msgspec.Struct, frozen=True, array_like=True, gc=False):
+    """An open hold. ``holds`` and ``overs`` go with ``buckets``; replaced, never changed in place."""
+
+    key: str
+    pool: str
+    shares: tuple[str, ...]
+    tenant: str
+    route: str
+    priority: Priority
+    buckets: tuple[int, ...]
+    holds: tuple[int, ...]
+    overs: tuple[int, ...]
+    sizes: Sizes
+    prices: Prices
+    index: int
+    granted_at: int
+    expires_at: int
+    ordinal: int
+    output_tokens: int | None = None
+    """Output reported by Renew so far."""
+
+
+class EndKind(IntEnum):
+    SETTLED = 1
+    RELEASED = 2
+    EXPIRED = 3
+    TOMBSTONE = 4
+    TOGETHER = 5
+    """A bulk request: its reservations are in ``keys``."""
+
+
+class Ended(msgspec.Struct, frozen=True, array_like=True, gc=False):
+    """What is remembered of an ended id. ``granted_at`` of ``None``: it was never granted here."""
+
+    kind: EndKind
+    ended_at: int
+    pool: str = ""
+    shares: tuple[str, ...] = ()
+    buckets: tuple[int, ...] = ()
+    charges: tuple[int, ...] = ()
+    overs: tuple[int, ...] = ()
+    cost: int = 0
+    index: int = 0
+    max_output_tokens: int = 0
+    granted_at: int | None = None
+    ordinal: int = 0
+    prices: Prices = Prices()
+    keys: tuple[str, ...] = ()
+    sizes: Sizes | None = None
+
+
+class Pool(msgspec.Struct, array_like=True):
+    """A pool's definition and condition. ``buckets`` are numbers in :attr:`State.buckets`."""
+
+    name: str
+    profile: Profile
+    learn: bool
+    buckets: list[int] = msgspec.field(default_factory=list)
+    paused: bool = False
+    blocked_until: int = 0
+    closed: bool = False
+    """``blocked_until`` stands for the upstream's spend cap."""
+
+
+class Share(msgspec.Struct, array_like=True, frozen=True):
+    name: str
+    caps: tuple[Limit, ...]
+
+
+class Head(msgspec.Struct, array_like=True):
+    """Everything of a snapshot but the long maps."""
+
+    format: int
+    ledger: str
+    at: int
+    ordinal: int
+    horizon: int
+    buckets: list[Bucket]
+    pools: list[Pool]
+    shares: list[Share]
+    modes: list[tuple[str, str, Mode]]
+
+
+class OpenChunk(msgspec.Struct, array_like=True, tag="open"):
+    entries: list[Reservation]
+
+
+class EndedChunk(msgspec.Struct, array_like=True, tag="ended"):
+    entries: list[tuple[str, Ended]]
+
+
+Chunk = bytes
+"""One piece of a snapshot: about a millisecond's work to make or to read."""
+
+_encode = msgspec.msgpack.Encoder().encode
+_decode_head = msgspec.msgpack.Decoder(Head).decode
+_decode_chunk = msgspec.msgpack.Decoder(OpenChunk | EndedChunk).decode
+
+
+class FoldError(Exception):
+    """An event does not fit the state: the journal is damaged, or this version cannot read it."""
+
+
+class State:
+    """All books of one ledger.
+
+    ``open`` and ``ended`` are ordered by grant and by end. ``horizon`` is the latest end that was forgotten: a
+    reservation granted before it may have been settled already, and nobody remembers.
+    """
+
+    def __init__(self, ledger: str) -> None:
+        self.ledger = ledger
+        self.at = 0
+        self.ordinal = 0
+        self.horizon = -1
+        self.buckets: list[Bucket] = []
+        self.addresses: dict[tuple[str, str, Dimension], int] = {}
+        self.pools: dict[str, Pool] = {}
+        self.shares: dict[str, Share] = {}
+        self.modes: dict[tuple[str, str], Mode] = {}
+        self.open: dict[str, Reservation] = {}
+        self.open_in: dict[str, dict[str, Reservation]] = {}
+        self.ended: dict[str, Ended] = {}
+        self._fold: dict[type[Any], Callable[[Any], None]] = {
+            ev.Clocked: self._clocked,
+            ev.Advanced: self._advanced,
+            ev.PoolDefined: self._pool_defined,
+            ev.BucketAdded: self._bucket_added,
+            ev.ShareDefined: self._share_defined,
+            ev.LimitMoved: self._limit_moved,
+            ev.LimitClaimed: self._limit_claimed,
+            ev.LimitConfirmed: self._limit_confirmed,
+            ev.Granted: self._granted,
+            ev.GrantedTogether: self._granted_together,
+            ev.Renewed: self._renewed,
+            ev.Settled: self._settled,
+            ev.Released: self._released,
+            ev.Expired: self._expired,
+            ev.Replaced: self._replaced,
+            ev.Booked: self._booked,
+            ev.Tombstoned: self._tombstoned,
+            ev.Forgotten: self._forgotten,
+            ev.Corrected: self._corrected,
+            ev.ReadingKept: self._reading_kept,
+            ev.PoolBlocked: self._pool_blocked,
+            ev.PoolPaused: self._pool_paused,
+            ev.ModeSet: self._mode_set,
+        }
+
+    def apply(self, event: ev.Event) -> None:
+        """Fold one event. Raises :class:`FoldError` if it does not fit."""
+        try:
+            self._fold[type(event)](event)
+        except (KeyError, IndexError, TypeError) as error:
+            raise FoldError(f"event {type(event).__name__} does not fit the state: {error!r}") from error
+
+    # -- snapshots ----------------------------------------------------------------------------------------------
+
+    def dump(self) -> Iterator[Chunk]:
+        """The state in chunks, as it is when the first is taken, whatever happens between the chunks."""
+        head = _encode(
+            Head(
+                FORMAT,
+                self.ledger,
+                self.at,
+                self.ordinal,
+                self.horizon,
+                self.buckets,
+                list(self.pools.values()),
+                list(self.shares.values()),
+                [(pool, tenant, mode) for (pool, tenant), mode in self.modes.items()],
+            )
+        )
+        opened, ended = list(self.open.values()), list(self.ended.items())
+        yield head
+        for start in range(0, len(opened), CHUNK_ENTRIES):
+            yield _encode(OpenChunk(opened[start : start + CHUNK_ENTRIES]))
+        for start in range(0, len(ended), CHUNK_ENTRIES):
+            yield _encode(EndedChunk(ended[start : start + CHUNK_ENTRIES]))
+
+    @classmethod
+    def restore(cls, chunks: Iterable[Chunk]) -> State:
+        """The inverse of :meth:`dump`. Raises :class:`FoldError` on damage or an unknown format."""
+        try:
+            source = iter(chunks)
+            head = _decode_head(next(source))
+            if head.format != FORMAT:
+                raise FoldError(f"snapshot has format {head.format}, this version reads {FORMAT}")
+            state = cls(head.ledger)
+            state.at, state.ordinal, state.horizon = head.at, head.ordinal, head.horizon
+            state.buckets = head.buckets
+            for number, bucket in enumerate(head.buckets):
+                state.addresses[bucket.pool, bucket.share, bucket.dimension] = number
+            state.pools = {pool.name: pool for pool in head.pools}
+            state.open_in = {pool.name: {} for pool in head.pools}
+            state.shares = {share.name: share for share in head.shares}
+            state.modes = {(pool, tenant): mode for pool, tenant, mode in head.modes}
+            for data in source:
+                chunk = _decode_chunk(data)
+                if isinstance(chunk, OpenChunk):
+                    for reservation in chunk.entries:
+                        state.open[reservation.key] = reservation
+                        state.open_in[reservation.pool][reservation.key] = reservation
+                else:
+                    state.ended.update(chunk.entries)
+        except (msgspec.DecodeError, StopIteration, KeyError) as error:
+            raise FoldError(f"snapshot cannot be read: {error}") from error
+        return state
+
+    def digest(self) -> bytes:
+        """A fingerprint of the books: equal states have equal digests on any machine."""
+        digest = hashlib.blake2b(digest_size=16)
+        for chunk in self.dump():
+            digest.update(chunk)
+        return digest.digest()
+
+    # -- the fold -----------------------------------------------------------------------------------------------
+
+    def _clocked(self, event: ev.Clocked) -> None:
+        self.at = event.at
+
+    def _advanced(self, event: ev.Advanced) -> None:
+        self.buckets[event.bucket].advance(self.at, event.refilled, event.carry)
+
+    def _pool_defined(self, event: ev.PoolDefined) -> None:
+        pool = self.pools.get(event.pool)
+        if pool is None:
+            self.pools[event.pool] = Pool(event.pool, event.profile, event.learn)
+            self.open_in[event.pool] = {}
+        else:
+            pool.profile, pool.learn = event.profile, event.learn
+
+    def _bucket_added(self, event: ev.BucketAdded) -> None:
+        number = len(self.buckets)
+        bucket = Bucket(
+            event.pool,
+            event.share,
+            event.dimension,
+            event.window,
+            event.amount,
+            event.burst,
+            self.at,
+            level=event.level,
+            refilled=event.level,
+            turns_at=next_month(self.at) if event.window is Window.MONTH else 0,
+            configured=event.amount,
+            configured_burst=event.burst,
+            override=event.override,
+        )
+        self.buckets.append(bucket)
+        self.addresses[event.pool, event.share, event.dimension] = number
+        if event.pool and not event.share:
+            self.pools[event.pool].buckets.append(number)
+
+    def _share_defined(self, event: ev.ShareDefined) -> None:
+        self.shares[event.share] = Share(event.share, event.caps)
+
+    def _limit_moved(self, event: ev.LimitMoved) -> None:
+        bucket = self.buckets[event.bucket]
+        bucket.lower(self.ordinal + 1, 0)
+        bucket.amount = event.amount
+        bucket.window = event.window
+        bucket.turns_at = next_month(self.at) if event.window is Window.MONTH else 0
+        bucket.carry = 0
+        bucket.move_burst(event.burst)
+        bucket.level += event.adjusted
+        bucket.adjusted += event.adjusted
+        bucket.configured = event.configured
+        bucket.configured_burst = event.configured_burst
+        bucket.override = event.override
+        bucket.pending = None
+        bucket.learned_at = self.at if event.learned else None
+
+    def _limit_claimed(self, event: ev.LimitClaimed) -> None:
+        self.buckets[event.bucket].pending = event.amount
+
+    def _limit_confirmed(self, event: ev.LimitConfirmed) -> None:
+        self.buckets[event.bucket].learned_at = self.at
+
+    def _granted(self, event: ev.Granted) -> None:
+        self.ordinal += 1
+        ordinal = self.ordinal
+        reservation = Reservation(
+            event.key,
+            event.pool,
+            event.shares,
+            event.tenant,
+            event.route,
+            event.priority,
+            event.buckets,
+            event.holds,
+            event.overs,
+            event.sizes,
+            event.prices,
+            event.index,
+            self.at,
+            event.expires_at,
+            ordinal,
+        )
+        self.open[event.key] = reservation
+        self.open_in[event.pool][event.key] = reservation
+        buckets = self.buckets
+        for number, hold, over in zip(event.buckets, event.holds, event.overs, strict=True):
+            bucket = buckets[number]
+            bucket.lower(ordinal, hold)
+            if hold > bucket.largest:
+                bucket.largest = hold
+            bucket.charged += hold
+            bucket.held += hold
+            bucket.granted += hold
+            bucket.over += over
+            if bucket.constraint is not None:
+                _counted_after(bucket.constraint, self.at, hold)
+
+    def _granted_together(self, event: ev.GrantedTogether) -> None:
+        self.ended[event.key] = Ended(EndKind.TOGETHER, self.at, granted_at=self.at, keys=event.keys)
+
+    def _renewed(self, event: ev.Renewed) -> None:
+        old = self.open[event.key]
+        new = msgspec.structs.replace(
+            old,
+            expires_at=event.expires_at,
+            output_tokens=event.output_tokens,
+            holds=event.holds,
+            overs=event.overs,
+        )
+        self.open[event.key] = new
+        self.open_in[old.pool][event.key] = new
+        for place, number in enumerate(old.buckets):
+            bucket = self.buckets[number]
+            bucket.over += new.overs[place] - old.overs[place]
+            more = new.holds[place] - old.holds[place]
+            if more:
+                bucket.grow_largest(self.ordinal + 1, new.holds[place], fresh=False)
+                bucket.lower(self.ordinal + 1, more)
+                bucket.charged += more
+                bucket.held += more
+                bucket.granted += more
+                if bucket.constraint is not None:
+                    _counted_after(bucket.constraint, old.granted_at, more)
+
+    def _settled(self, event: ev.Settled) -> None:
+        self._end(event.key, EndKind.SETTLED, event.charges, event.forfeits, event.overs, event.cost)
+
+    def _expired(self, event: ev.Expired) -> None:
+        self._end(event.key, EndKind.EXPIRED, event.charges, event.forfeits, event.overs, event.cost)
+
+    def _released(self, event: ev.Released) -> None:
+        nothing = (0,) * len(event.forfeits)
+        self._end(event.key, EndKind.RELEASED, nothing, event.forfeits, nothing, 0)
+
+    def _end(
+        self,
+        key: str,
+        kind: EndKind,
+        charges: tuple[int, ...],
+        forfeits: tuple[int, ...],
+        overs: tuple[int, ...],
+        cost: int,
+    ) -> None:
+        reservation = self.open.pop(key)
+        del self.open_in[reservation.pool][key]
+        buckets = self.buckets
+        at = self.at
+        for place, number in enumerate(reservation.buckets):
+            bucket = buckets[number]
+            hold, charge = reservation.holds[place], charges[place]
+            bucket.held -= hold
+            if kind is EndKind.SETTLED:
+                bucket.settled += hold
+            elif kind is EndKind.EXPIRED:
+                bucket.expired += hold
+            else:
+                bucket.released += hold
+            bucket.over -= reservation.overs[place]
+            self._recharge(bucket, hold, charge, forfeits[place])
+            bucket.note_end(at, charge, overs[place])
+            if bucket.constraint is not None:
+                _counted_after(bucket.constraint, reservation.granted_at, charge - hold)
+                bucket.constraint.ended += charge
+                bucket.constraint.ended_over += overs[place]
+        self.ended[key] = Ended(
+            kind,
+            at,
+            reservation.pool,
+            reservation.shares,
+            reservation.buckets,
+            charges,
+            overs,
+            cost,
+            reservation.index,
+            reservation.sizes.max_output_tokens,
+            reservation.granted_at,
+            reservation.ordinal,
+            reservation.prices,
+            sizes=reservation.sizes,
+        )
+
+    def _recharge(self, bucket: Bucket, old: int, new: int, forfeit: int) -> None:
+        """Put the charge ``new`` in the place of ``old``."""
+        bucket.charged += new - old
+        if new > old:
+            bucket.lower(self.ordinal + 1, new - old)
+        else:
+            bucket.level += old - new - forfeit
+            bucket.refilled -= forfeit
+
+    def _replaced(self, event: ev.Replaced) -> None:
+        old = self.ended[event.key]
+        for place, number in enumerate(old.buckets):
+            bucket = self.buckets[number]
+            before, charge = old.charges[place], event.charges[place]
+            self._recharge(bucket, before, charge, event.forfeits[place])
+            bucket.amend_end(old.ended_at, charge - before, event.overs[place] - old.overs[place])
+            constraint = bucket.constraint
+            if constraint is not None and old.granted_at is not None:
+                _counted_after(constraint, old.granted_at, charge - before)
+                if old.ended_at >= constraint.since:
+                    constraint.ended += charge - before
+                    constraint.ended_over += event.overs[place] - old.overs[place]
+        self.ended[event.key] = msgspec.structs.replace(
+            old, kind=EndKind.SETTLED, charges=event.charges, overs=event.overs, cost=event.cost
+        )
+
+    def _booked(self, event: ev.Booked) -> None:
+        for place, number in enumerate(event.buckets):
+            bucket = self.buckets[number]
+            charge = event.charges[place]
+            bucket.lower(self.ordinal + 1, charge)
+            bucket.charged += charge
+            bucket.granted += charge
+            bucket.settled += charge
+            bucket.note_end(self.at, charge, event.overs[place])
+            if bucket.constraint is not None:
+                _counted_after(bucket.constraint, event.granted_at, charge)
+                bucket.constraint.ended += charge
+                bucket.constraint.ended_over += event.overs[place]
+        if event.key:
+            self.ended.pop(event.key, None)
+            self.ended[event.key] = Ended(
+                EndKind.SETTLED,
+                self.at,
+                event.pool,
+                event.shares,
+                event.buckets,
+                event.charges,
+                event.overs,
+                event.cost,
+                granted_at=event.granted_at,
+                ordinal=self.ordinal + 1,
+            )
+
+    def _tombstoned(self, event: ev.Tombstoned) -> None:
+        self.ended[event.key] = Ended(EndKind.TOMBSTONE, self.at)
+
+    def _forgotten(self, event: ev.Forgotten) -> None:
+        for key in list(islice(self.ended, event.count)):
+            self.horizon = max(self.horizon, self.ended.pop(key).ended_at)
+
+    def _corrected(self, event: ev.Corrected) -> None:
+        bucket = self.buckets[event.bucket]
+        bucket.adjusted += event.adjusted
+        if event.adjusted < 0:
+            bucket.lower(self.ordinal + 1, -event.adjusted)
+        else:
+            bucket.level += event.adjusted
+
+    def _reading_kept(self, event: ev.ReadingKept) -> None:
+        constraint = event.constraint
+        self.buckets[event.bucket].constraint = None if constraint is None else msgspec.structs.replace(constraint)
+
+    def _pool_blocked(self, event: ev.PoolBlocked) -> None:
+        pool = self.pools[event.pool]
+        pool.blocked_until, pool.closed = event.until, event.closed
+
+    def _pool_paused(self, event: ev.PoolPaused) -> None:
+        self.pools[event.pool].paused = event.paused
+
+    def _mode_set(self, event: ev.ModeSet) -> None:
+        self.modes[event.pool, event.tenant] = event.mode
+
+
+def _counted_after(constraint: Constraint, granted_at: int, amount: int) -> None:
+    """Charges of calls granted after the reading: upstream had counted nothing of them."""
+    if granted_at > constraint.until:
+        constraint.after += amount

@@ -1,0 +1,226 @@
+"""What observations teach: limits, bursts and levels from headers and refusals.
+
+The arithmetic is in :mod:`paceline.engine.reconcile`; here it is decided what follows. Nothing that makes the ledger
+admit less outlives its evidence: a learned restriction lapses when no reading confirms it, a block has an end.
+"""
+
+from __future__ import annotations
+
+from paceline.engine import events as ev
+from paceline.engine import reconcile
+from paceline.engine.accounting import WEIGHT_ONE
+from paceline.engine.books import Books
+from paceline.engine.bucket import Bucket
+from paceline.engine.calendar import next_month
+from paceline.engine.definitions import Definitions
+from paceline.engine.dimensions import GAUGES, MINUTE_US, SECOND_US, Dimension, Limit, Window
+from paceline.engine.operations import Observation, Reading, Refusal
+from paceline.engine.state import Pool
+from paceline.engine.stats import Stats
+
+LONGEST_BLOCK_US = 5 * MINUTE_US
+SHORTEST_BLOCK_US = SECOND_US
+FLIGHT_US = MINUTE_US
+"""How long a call without a grant may have been under way when its headers came."""
+CONFIRM_US = 10 * SECOND_US
+"""A learned limit is confirmed at most this often, so that readings of a steady limit need no event each."""
+
+
+class Call:
+    """The call that brought an observation: since when it was under way, and what our books carry for it."""
+
+    __slots__ = ("amounts", "buckets", "granted_at")
+
+    def __init__(self, granted_at: int | None, buckets: tuple[int, ...], amounts: tuple[int, ...]) -> None:
+        self.granted_at = granted_at
+        self.buckets = buckets
+        self.amounts = amounts
+
+    def amount(self, number: int) -> int:
+        """What the books carry for this call in a bucket."""
+        for place, touched in enumerate(self.buckets):
+            if touched == number:
+                return self.amounts[place]
+        return 0
+
+
+UNKNOWN_CALL = Call(None, (), ())
+
+
+class Teacher:
+    """Turns observations into events."""
+
+    def __init__(self, books: Books, definitions: Definitions, stats: Stats) -> None:
+        self._state = books.state
+        self._emit = books.emit
+        self._advance = books.advance
+        self._definitions = definitions
+        self._stats = stats
+
+    def observe(self, name: str, observation: Observation | None, now: int, call: Call, estimates: Call) -> None:
+        """Learn from one response of pool ``name``. ``estimates`` carries what the call held when it was sent."""
+        pool = self._state.pools.get(name)
+        if observation is None or pool is None:
+            return
+        if observation.refusal is not None:
+            self._refused(pool, observation, now)
+        if not pool.learn:
+            return
+        until = now - observation.age_us
+        readings = observation.readings
+        refused = observation.refused if observation.refusal is Refusal.BUDGET else None
+        if refused is not None and all(reading.dimension is not refused for reading in readings):
+            readings = (*readings, Reading(refused))
+        for reading in readings:
+            number = self._state.addresses.get((name, "", reading.dimension))
+            if number is None or reading.dimension in GAUGES or reading.dimension is Dimension.SPEND:
+                continue
+            bucket = self._advance(number)
+            if bucket.window is not Window.MINUTE:
+                continue
+            self._learn_limit(number, bucket, reading, now)
+            self._learn_burst(number, bucket, reading)
+            low, high = reconcile.bounds_of_remaining(reading)
+            if reading.dimension is refused:
+                low, high = _narrower(
+                    (low, high),
+                    reconcile.bounds_of_refusal(
+                        bucket,
+                        estimates.amount(number),
+                        pool.profile.estimate_slack,
+                        observation.retry_after_us,
+                    ),
+                )
+            if low is not None or high is not None:
+                self._learn_level(number, bucket, low, high, until, call, pool, now)
+
+    def hold_to_readings(self, numbers: tuple[int, ...], now: int) -> None:
+        """Clamp again after a settlement, so that a reading and a late usage do not count twice."""
+        for number in numbers:
+            bucket = self._state.buckets[number]
+            constraint = bucket.constraint
+            if constraint is None:
+                continue
+            if now - constraint.until > reconcile.READING_TTL_US:
+                self._emit(ev.ReadingKept(number, None))
+            else:
+                self._correct(number, self._advance(number), now)
+
+    def lapse(self, number: int, now: int) -> None:
+        """Let go of a learned restriction that nothing has confirmed for long."""
+        bucket = self._state.buckets[number]
+        restricts = bucket.amount < bucket.configured or bucket.burst < bucket.configured_burst
+        if bucket.learned_at is None or not restricts or now - bucket.learned_at <= reconcile.READING_TTL_US:
+            return
+        self._advance(number)
+        limit = Limit(
+            bucket.dimension,
+            bucket.window,
+            max(bucket.amount, bucket.configured),
+            max(bucket.burst, bucket.configured_burst),
+        )
+        self._definitions.move(number, limit, learned=False, override=bucket.override)
+
+    # -- one reading --------------------------------------------------------------------------------------------
+
+    def _learn_limit(self, number: int, bucket: Bucket, reading: Reading, now: int) -> None:
+        """A lower limit rules at once, a higher one when a second reading says the same."""
+        limit = reading.limit
+        if limit is None:
+            return
+        if limit == bucket.amount:
+            if bucket.pending is not None:
+                self._emit(ev.LimitClaimed(number, None))
+            if bucket.learned_at is not None and now - bucket.learned_at > CONFIRM_US:
+                self._emit(ev.LimitConfirmed(number))
+            return
+        if limit > bucket.amount:
+            if bucket.override:
+                return
+            if bucket.pending != limit:
+                self._emit(ev.LimitClaimed(number, limit))
+                return
+        burst = limit if bucket.burst == bucket.amount else bucket.burst * limit // max(1, bucket.amount)
+        moved = Limit(bucket.dimension, bucket.window, limit, burst)
+        self._definitions.move(number, moved, learned=True, override=bucket.override)
+
+    def _learn_burst(self, number: int, bucket: Bucket, reading: Reading) -> None:
+        bounds = reconcile.burst_bounds(bucket, reading)
+        if bounds is None:
+            return
+        least, most = bounds
+        burst = bucket.burst
+        if most < burst:
+            burst = most
+        elif least > burst and not bucket.override:
+            burst = min(least, max(bucket.amount, bucket.configured_burst))
+        if burst != bucket.burst:
+            moved = Limit(bucket.dimension, bucket.window, bucket.amount, burst)
+            self._definitions.move(number, moved, learned=True, override=bucket.override)
+
+    def _learn_level(
+        self,
+        number: int,
+        bucket: Bucket,
+        low: int | None,
+        high: int | None,
+        until: int,
+        call: Call,
+        pool: Pool,
+        now: int,
+    ) -> None:
+        since = until - FLIGHT_US if call.granted_at is None else min(call.granted_at, until)
+        own = call.amount(number)
+        if bucket.dimension is Dimension.OUTPUT_TOKENS:
+            own = 0
+        elif bucket.dimension is not Dimension.REQUESTS:
+            own = own * WEIGHT_ONE // pool.profile.estimate_slack
+        newest_first = reversed(self._state.open_in[pool.name].values())
+        constraint = reconcile.constrain(bucket, low, high, since, until, own, newest_first, number)
+        if constraint is None:
+            return
+        standing = bucket.constraint
+        if standing is None or until >= standing.until:
+            self._emit(ev.ReadingKept(number, constraint))
+            self._correct(number, bucket, now)
+        else:
+            # Older than what stands: it may still narrow the level once, but does not replace the newer one.
+            self._adjust(number, reconcile.correction(bucket, constraint, now))
+
+    def _correct(self, number: int, bucket: Bucket, now: int) -> None:
+        if bucket.constraint is not None:
+            self._adjust(number, reconcile.correction(bucket, bucket.constraint, now))
+
+    def _adjust(self, number: int, amount: int) -> None:
+        if amount:
+            self._emit(ev.Corrected(number, amount))
+            bucket = self._state.buckets[number]
+            self._stats.corrections[bucket.pool, bucket.dimension] += abs(amount)
+
+    # -- refusals -----------------------------------------------------------------------------------------------
+
+    def _refused(self, pool: Pool, observation: Observation, now: int) -> None:
+        if observation.refusal is Refusal.SPEND:
+            self._block(pool, next_month(now), closed=True)
+        elif observation.refusal is Refusal.BUDGET:
+            known = observation.refused is not None and ((pool.name, "", observation.refused) in self._state.addresses)
+            if known and pool.learn:
+                return
+            wanted = SHORTEST_BLOCK_US if observation.retry_after_us is None else observation.retry_after_us
+            self._block(pool, now + min(LONGEST_BLOCK_US, wanted) - observation.age_us, closed=False)
+
+    def _block(self, pool: Pool, until: int, *, closed: bool) -> None:
+        if until > pool.blocked_until:
+            self._emit(ev.PoolBlocked(pool.name, until, closed))
+
+
+def _narrower(
+    one: tuple[int | None, int | None], other: tuple[int | None, int | None]
+) -> tuple[int | None, int | None]:
+    """Both are true, so the narrower bounds are; should they contradict each other, the refusal's stand."""
+    lows = [low for low in (one[0], other[0]) if low is not None]
+    highs = [high for high in (one[1], other[1]) if high is not None]
+    low, high = max(lows, default=None), min(highs, default=None)
+    if low is not None and high is not None and low > high:
+        return other
+    return low, high
