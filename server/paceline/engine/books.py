@@ -11,9 +11,9 @@ import msgspec
 from paceline.engine import answers as an
 from paceline.engine import events as ev
 from paceline.engine import operations as op
-from paceline.engine.accounting import Prices, Rule, Sizes, expected_usage
 from paceline.engine.bucket import Bucket
 from paceline.engine.dimensions import UNLIMITED, Dimension, Limit, Window
+from paceline.engine.recipe import Recipe
 from paceline.engine.state import State
 
 MAX_PLANS = 16_384
@@ -50,7 +50,7 @@ class Books:
         self.now = state.at
         self.events: list[ev.Event] = []
         self._plans: dict[tuple[str, tuple[str, ...]], tuple[int, ...]] = {}
-        self._rules: dict[str, dict[Dimension, Rule]] = {}
+        self._recipes: dict[tuple[str, tuple[int, ...]], Recipe] = {}
         self._touched: dict[tuple[int, ...], an.Touched] = {}
 
     def begin(self, now: int) -> None:
@@ -81,15 +81,17 @@ class Books:
     def defined(self) -> None:
         """Pools or shares have changed: forget what was derived from them."""
         self._plans.clear()
-        self._rules.clear()
+        self._recipes.clear()
 
-    def rules(self, pool: str) -> dict[Dimension, Rule]:
-        """How each dimension of a pool is charged."""
-        rules = self._rules.get(pool)
-        if rules is None:
-            rules = {rule.dimension: rule for rule in self.state.pools[pool].profile.rules}
-            self._rules[pool] = rules
-        return rules
+    def recipe(self, pool: str, numbers: tuple[int, ...]) -> Recipe:
+        """How calls to a pool are charged in these buckets."""
+        recipe = self._recipes.get((pool, numbers))
+        if recipe is None:
+            if len(self._recipes) >= MAX_PLANS:
+                self._recipes.clear()
+            recipe = Recipe(self.state.pools[pool].profile, numbers, self.state.buckets)
+            self._recipes[pool, numbers] = recipe
+        return recipe
 
     def plan(self, pool: str, shares: tuple[str, ...]) -> tuple[int, ...] | None:
         """The buckets that a call touches: the pool's, those of its shares' caps, the account's spend.
@@ -107,15 +109,15 @@ class Books:
 
     def _make_plan(self, pool: str, shares: tuple[str, ...]) -> tuple[int, ...] | None:
         state = self.state
-        rules = self.rules(pool)
-        numbers = [number for number in state.pools[pool].buckets if state.buckets[number].dimension in rules]
+        counted = {rule.dimension for rule in state.pools[pool].profile.rules}
+        numbers = [number for number in state.pools[pool].buckets if state.buckets[number].dimension in counted]
         wanted: list[tuple[str, str, Limit]] = []
         for name in shares:
             share = state.shares.get(name)
             for cap in share.caps if share is not None else ():
                 if cap.dimension is Dimension.SPEND:
                     wanted.append(("", name, cap))
-                elif cap.dimension in rules:
+                elif cap.dimension in counted:
                     wanted.append((pool, name, cap))
         wanted.append(("", "", Limit(Dimension.SPEND, Window.MONTH, UNLIMITED)))
         for scope, name, limit in wanted:
@@ -135,32 +137,7 @@ class Books:
         )
         return len(self.state.buckets) - 1
 
-    def holds(self, pool: str, numbers: tuple[int, ...], sizes: Sizes, prices: Prices) -> tuple[int, ...]:
-        """What a call of these sizes holds in each of the buckets."""
-        rules = self.rules(pool)
-        buckets = self.state.buckets
-        holds = []
-        for number in numbers:
-            dimension = buckets[number].dimension
-            if dimension is Dimension.SPEND:
-                holds.append(prices.cost(expected_usage(sizes)))
-            else:
-                rule = rules.get(dimension)
-                holds.append(0 if rule is None else rule.hold(sizes))
-        return tuple(holds)
-
     # -- what answers say ----------------------------------------------------------------------------------------
-
-    def by_dimension(self, numbers: tuple[int, ...], amounts: tuple[int, ...]) -> tuple[tuple[Dimension, int], ...]:
-        """The amounts in the pool's own buckets and the account's spend, without those of shares."""
-        buckets = self.state.buckets
-        return tuple(
-            [
-                (buckets[number].dimension, amount)
-                for number, amount in zip(numbers, amounts, strict=True)
-                if not buckets[number].share
-            ]
-        )
 
     def context(self, key: str, first: str, count: int) -> op.Context:
         """The context of the grant of ``key``, whose first (or only) reservation is ``first``."""
@@ -175,7 +152,7 @@ class Books:
                 reservation.tenant,
                 reservation.route,
                 reservation.granted_at,
-                self.by_dimension(reservation.buckets, reservation.holds),
+                self.recipe(reservation.pool, reservation.buckets).by_dimension(reservation.holds),
                 reservation.prices,
                 count,
             )
@@ -183,7 +160,7 @@ class Books:
         if ended is None or ended.granted_at is None:
             # Forgotten: a Commit under this context will be stale, as it must.
             return op.Context(state.ledger, key, "", (), "", "", state.horizon, (), op.NO_PRICES, count)
-        charges = self.by_dimension(ended.buckets, ended.charges)
+        charges = self.recipe(ended.pool, ended.buckets).by_dimension(ended.charges)
         return op.Context(
             state.ledger, key, ended.pool, ended.shares, "", "", ended.granted_at, charges, ended.prices, count
         )

@@ -10,8 +10,9 @@ Two columns of sums prove it: ``level = refilled - charged + adjusted`` and
 **A refund never credits the same seconds twice.** Had a refunded amount never been held, the bucket would have been
 fuller all along, and would have stopped refilling at its burst earlier. So of a refund only ``burst - highest level
 since the grant`` is credited; the rest is taken off ``refilled``. The highest level since any grant comes from
-``peaks``, a stack of decreasing levels: each lowering pushes the level before it, which hides all smaller ones.
-Peaks lower than ``burst - largest hold`` can limit no refund and are not kept, so under load the stack stays empty.
+``peaks``, a stack of decreasing levels: each lowering pushes the level before it, which hides all smaller ones. A
+credit rewrites that history, and lifts the peaks since its grant. While the level is so low that everything that may
+yet be refunded fits under the burst, no peak can matter and none is kept: under load the stack stays empty.
 """
 
 from __future__ import annotations
@@ -71,8 +72,10 @@ class Bucket(msgspec.Struct, array_like=True):
     expired: int = 0
     turns_at: int = 0
     """Start of the next month, for monthly windows."""
-    largest: int = 0
-    """The largest hold so far."""
+    turned_at: int = 0
+    """Start of this month."""
+    refundable: int = 0
+    """Charges of expired holds that a late Commit may yet give back; ``held`` comes on top."""
     peaks: list[tuple[int, int]] = msgspec.field(default_factory=list)
     """(ordinal of the lowering, level before it), both kept monotone: ordinals rise, levels fall."""
     over: int = 0
@@ -112,7 +115,9 @@ class Bucket(msgspec.Struct, array_like=True):
         self.refilled += refilled
         self.carry = carry
         if self.window is Window.MONTH and now >= self.turns_at:
-            self.turns_at = next_month(now)
+            # Every open hold is left out of the new month's budget, so each may come back in full.
+            self.peaks = []
+            self.turned_at, self.turns_at = self.turns_at, next_month(now)
 
     def wait_us(self, level: int, carry: int, now: int) -> int | None:
         """Time from ``now`` until a ``level`` below zero, with ``carry``, has refilled to zero; ``None``: never."""
@@ -127,24 +132,36 @@ class Bucket(msgspec.Struct, array_like=True):
 
     def lower(self, ordinal: int, amount: int) -> None:
         """Take ``amount`` (≥ 0) off the level, remembering how high it stood before ``ordinal``."""
-        if self.burst - self.level < self.largest:
+        if self.burst - self.level < self.held + self.refundable:
             self._push_peak(ordinal, self.level)
         self.level -= amount
 
-    def grow_largest(self, ordinal: int, hold: int, fresh: bool) -> None:
-        """Note a hold's size. A hold that grew after its grant may have missed peaks: assume the worst of them."""
-        if hold > self.largest:
-            if not fresh:
-                self._push_peak(ordinal, self.burst - self.largest)
-            self.largest = hold
+    def grow(self, ordinal: int, more: int) -> None:
+        """An open hold grew: peaks that could not matter before now may; assume the worst of them."""
+        self._push_peak(ordinal, self.burst - self.held - self.refundable)
+        self.lower(ordinal, more)
 
     def credit(self, since: int, amount: int) -> int:
         """How much of a refund of ``amount``, for a hold granted at ordinal ``since``, may raise the level."""
         peak = self.level
-        first = bisect_right(self.peaks, since, key=_ordinal)
+        first = bisect_right(self.peaks, since, key=_first)
         if first < len(self.peaks):
             peak = max(peak, self.peaks[first][1])
         return max(0, min(amount, self.burst - peak))
+
+    def refund(self, since: int, amount: int) -> None:
+        """Raise the level by a credit, as if ``amount`` had not been held since ordinal ``since``."""
+        self.level += amount
+        peaks = self.peaks
+        first = bisect_right(peaks, since, key=_first) if peaks else 0
+        if first == len(peaks):
+            return
+        for place in range(first, len(peaks)):
+            peaks[place] = (peaks[place][0], min(self.burst, peaks[place][1] + amount))
+        hidden = first
+        while hidden and peaks[hidden - 1][1] <= peaks[first][1]:
+            hidden -= 1
+        del peaks[hidden:first]
 
     def move_burst(self, burst: int) -> None:
         """Change the burst, keeping for every open hold the headroom that it has seen."""
@@ -176,7 +193,7 @@ class Bucket(msgspec.Struct, array_like=True):
 
     def amend_end(self, at: int, charge: int, over: int) -> None:
         """A call that ended at ``at`` turned out to have cost ``charge`` more (or less) than noted."""
-        for place in range(bisect_right(self.ends, at - 1, key=_ordinal), len(self.ends)):
+        for place in range(bisect_right(self.ends, at - 1, key=_first), len(self.ends)):
             last, total, total_over = self.ends[place]
             self.ends[place] = (last, total + charge, total_over + over)
 
@@ -188,14 +205,14 @@ class Bucket(msgspec.Struct, array_like=True):
         ends = self.ends
         if not ends:
             return 0, 0
-        first = bisect_right(ends, at - 1, key=_ordinal)
+        first = bisect_right(ends, at - 1, key=_first)
         if first == 0:
             # The very first slot still stands if nothing was ever cut off.
             return (ends[-1][1], ends[-1][2]) if len(ends) < MAX_ENDS * 9 // 10 else None
         return ends[-1][1] - ends[first - 1][1], ends[-1][2] - ends[first - 1][2]
 
 
-def _ordinal(entry: tuple[int, ...]) -> int:
+def _first(entry: tuple[int, ...]) -> int:
     return entry[0]
 
 

@@ -15,7 +15,7 @@ from paceline.engine.operations import Reserve
 class Option:
     """One candidate of a waiter: its place in the request, its pool, and what it would hold in which buckets."""
 
-    __slots__ = ("buckets", "holds", "index", "pool", "shares", "sizes")
+    __slots__ = ("buckets", "holds", "index", "open", "pool", "shares", "sizes")
 
     def __init__(
         self,
@@ -32,19 +32,20 @@ class Option:
         self.buckets = buckets
         self.holds = holds
         self.sizes = sizes
+        self.open = True
+        """Whether it may still serve its waiter."""
 
 
 class Waiter:
     """A Reserve that waits in the queues of all its options; ``tickets`` are all callers that sent it."""
 
-    __slots__ = ("deadline", "operation", "options", "since", "tickets", "waiting")
+    __slots__ = ("operation", "options", "since", "tickets", "waiting")
 
-    def __init__(self, operation: Reserve, options: tuple[Option, ...], ticket: int, since: int, deadline: int) -> None:
+    def __init__(self, operation: Reserve, options: tuple[Option, ...], ticket: int, since: int) -> None:
         self.operation = operation
         self.options = options
         self.tickets = [ticket]
         self.since = since
-        self.deadline = deadline
         self.waiting = True
 
 
@@ -69,13 +70,14 @@ class FirstComeFirstServed:
         """Whose turn it is."""
         line = self._line
         while line:
-            if line[0][0].waiting:
+            if line[0][1].open:
                 return line[0]
             line.popleft()
         return None
 
     def left(self, option: Option) -> None:
-        """A waiter of this queue was served, denied or withdrawn."""
+        """An option of this queue was served, denied or withdrawn."""
+        option.open = False
         self._size -= 1
         for number, hold in zip(option.buckets, option.holds, strict=True):
             self._ahead[number] -= hold

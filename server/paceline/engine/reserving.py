@@ -8,17 +8,13 @@ from __future__ import annotations
 
 from heapq import heappop, heappush
 
-import msgspec
-
 from paceline.engine import admission
 from paceline.engine import answers as an
 from paceline.engine import events as ev
 from paceline.engine import operations as op
-from paceline.engine.accounting import WEIGHT_ONE
 from paceline.engine.admission import Verdict
 from paceline.engine.answers import Answer, Reason
 from paceline.engine.books import Books
-from paceline.engine.dimensions import GAUGES, Dimension
 from paceline.engine.keys import child_keys
 from paceline.engine.operations import Mode
 from paceline.engine.queue import FirstComeFirstServed, Option, Waiter
@@ -27,7 +23,6 @@ from paceline.engine.stats import Stats
 from paceline.engine.teaching import Teacher
 
 NOTHING_TOUCHED = an.Touched(None, ())
-_UNSUMMED = frozenset({Dimension.REQUESTS, Dimension.SPEND}) | GAUGES
 
 
 class Reserving:
@@ -40,7 +35,7 @@ class Reserving:
         self._queues: dict[str, FirstComeFirstServed] = {}
         self._waiting: dict[str, Waiter] = {}
         self._waiting_of: dict[str, int] = {}
-        self._deadlines: list[tuple[int, int, Waiter]] = []
+        self._deadlines: list[tuple[int, int, Waiter, int]] = []
         self._serial = 0
         self.answers: list[tuple[int, Answer]] = []
         self.granted: list[tuple[int, str]] = []
@@ -80,7 +75,7 @@ class Reserving:
                 self._refuse(ticket, "tenant", f"the ledger has its most limits ({books.caps.buckets})")
                 return
             sizes = pool.profile.fill(candidate.estimate)
-            holds = books.holds(candidate.pool, numbers, sizes, candidate.prices)
+            holds = books.recipe(candidate.pool, numbers).holds(sizes, candidate.prices)
             option = Option(index, candidate.pool, candidate.shares, numbers, holds, sizes)
             if self._fits_now(option, operation):
                 would = an.Would() if self._observing(candidate.pool, operation.tenant) else None
@@ -119,13 +114,17 @@ class Reserving:
         elif ended is not None:
             self.answers.append((ticket, an.Denied(Reason.RELEASED, ended.pool, None, None, NOTHING_TOUCHED)))
         elif key in self._waiting:
-            tickets = self._waiting[key].tickets
-            tickets.append(ticket)
-            if len(tickets) > self._books.caps.tickets_per_waiter:
-                self._refuse(tickets.pop(0), "reservation_id", "was sent again too often while it waits")
+            self._join(ticket, operation, self._waiting[key])
+        elif operation.count > 1 and (known := self._known_children(key, operation.count)):
+            # The memory of the request itself is bounded; its calls may outlive it.
+            self.answers.append((ticket, self._granted_before(known, key, operation.count)))
         else:
             return False
         return True
+
+    def _known_children(self, key: str, count: int) -> tuple[str, ...]:
+        state = self._books.state
+        return tuple(child for child in child_keys(key, count) if child in state.open or child in state.ended)
 
     def _granted_before(self, keys: tuple[str, ...], key: str, count: int) -> an.Granted:
         state = self._books.state
@@ -197,7 +196,7 @@ class Reserving:
             count = self._count_that_fits(option, operation) if would is None else operation.count
             keys = child_keys(operation.key, operation.count)[:count]
         prices = operation.candidates[option.index].prices
-        overs = self._overs(option)
+        overs = books.recipe(option.pool, option.buckets).overs(option.sizes, option.holds)
         expires_at = books.now + operation.hold_us
         for number in option.buckets:
             books.advance(number)
@@ -236,23 +235,6 @@ class Reserving:
         for ticket in tickets:
             self.answers.append((ticket, answer))
 
-    def _overs(self, option: Option) -> tuple[int, ...]:
-        """By how much upstream's count of the call may exceed each hold, until it is settled."""
-        books = self._books
-        slack = books.state.pools[option.pool].profile.estimate_slack
-        rules = books.rules(option.pool)
-        overs = []
-        for number, hold in zip(option.buckets, option.holds, strict=True):
-            dimension = books.state.buckets[number].dimension
-            if dimension in _UNSUMMED:
-                overs.append(0)
-            elif dimension is Dimension.OUTPUT_TOKENS:
-                largest = msgspec.structs.replace(option.sizes, output_tokens=option.sizes.max_output_tokens)
-                overs.append(max(0, rules[dimension].hold(largest) - hold))
-            else:
-                overs.append(-(-hold * (slack - WEIGHT_ONE) // WEIGHT_ONE))
-        return tuple(overs)
-
     def _deny(self, ticket: int, reason: Reason, option: Option, verdict: Verdict) -> None:
         self._stats.denied(option.pool, reason)
         retry = None if verdict.final else verdict.wait_us
@@ -270,13 +252,23 @@ class Reserving:
 
     def _enqueue(self, ticket: int, operation: op.Reserve, options: tuple[Option, ...]) -> None:
         now = self._books.now
-        waiter = Waiter(operation, options, ticket, now, now + operation.max_wait_us)
+        waiter = Waiter(operation, options, ticket, now)
         self._waiting[operation.key] = waiter
         self._waiting_of[operation.tenant] = self._waiting_of.get(operation.tenant, 0) + 1
         for option in options:
             self._queues.setdefault(option.pool, FirstComeFirstServed()).push(waiter, option)
+        self._watch(waiter, ticket, now + operation.max_wait_us)
+
+    def _join(self, ticket: int, operation: op.Reserve, waiter: Waiter) -> None:
+        """A waiting Reserve was sent again: both callers get its answer, each within its own wait."""
+        waiter.tickets.append(ticket)
+        self._watch(waiter, ticket, self._books.now + max(0, operation.max_wait_us))
+        if len(waiter.tickets) > self._books.caps.tickets_per_waiter:
+            self._refuse(waiter.tickets.pop(0), "reservation_id", "was sent again too often while it waits")
+
+    def _watch(self, waiter: Waiter, ticket: int, deadline: int) -> None:
         self._serial += 1
-        heappush(self._deadlines, (waiter.deadline, self._serial, waiter))
+        heappush(self._deadlines, (deadline, self._serial, waiter, ticket))
 
     def _leave(self, waiter: Waiter) -> None:
         """Take a waiter out of all its queues."""
@@ -287,10 +279,13 @@ class Reserving:
         if not self._waiting_of[tenant]:
             del self._waiting_of[tenant]
         for option in waiter.options:
-            queue = self._queues[option.pool]
-            queue.left(option)
-            if not len(queue):
-                del self._queues[option.pool]
+            self._leave_queue(option)
+
+    def _leave_queue(self, option: Option) -> None:
+        queue = self._queues[option.pool]
+        queue.left(option)
+        if not len(queue):
+            del self._queues[option.pool]
 
     def withdraw(self, key: str) -> None:
         """Take back a waiting Reserve; its callers are told."""
@@ -302,20 +297,31 @@ class Reserving:
             self.answers.append((ticket, an.Denied(Reason.RELEASED, option.pool, None, None, touched)))
 
     def serve(self) -> None:
-        """Give their turn to all whose time has come, then deny all whose deadline has."""
-        for pool in list(self._queues):
-            while (queue := self._queues.get(pool)) is not None and (head := queue.head()) is not None:
-                if not self._serve_head(*head):
-                    break
-        now = self._books.now
+        """Give their turn to all whose time has come, and deny all whose deadline has, until nothing moves."""
+        moved = True
+        while moved:
+            moved = False
+            for pool in list(self._queues):
+                while (queue := self._queues.get(pool)) is not None and (head := queue.head()) is not None:
+                    if not self._serve_head(*head):
+                        break
+                    moved = True
+            moved = self._time_out() or moved
+
+    def _time_out(self) -> bool:
+        """Deny callers whose deadline has come; whether a waiter left its queues by that."""
+        now, left = self._books.now, False
         deadlines = self._deadlines
         while deadlines and (deadlines[0][0] <= now or not deadlines[0][2].waiting):
-            waiter = heappop(deadlines)[2]
-            if waiter.waiting:
-                self._leave(waiter)
+            _, _, waiter, ticket = heappop(deadlines)
+            if waiter.waiting and ticket in waiter.tickets:
+                waiter.tickets.remove(ticket)
+                if not waiter.tickets:
+                    self._leave(waiter)
+                    left = True
                 verdict = self._judge(waiter.options[0], waiter.operation)
-                for ticket in waiter.tickets:
-                    self._deny(ticket, Reason.TIMEOUT, waiter.options[0], verdict)
+                self._deny(ticket, Reason.TIMEOUT, waiter.options[0], verdict)
+        return left
 
     def _serve_head(self, waiter: Waiter, option: Option) -> bool:
         """Grant or deny the head of a queue; false: it waits on."""
@@ -329,10 +335,7 @@ class Reserving:
             for number, hold in zip(option.buckets, option.holds, strict=True)
         )
         if hopeless or pool.paused or pool.blocked_until > now:
-            self._leave(waiter)
-            verdict = self._judge(option, operation)
-            for ticket in waiter.tickets:
-                self._deny(ticket, verdict.reason, option, verdict)
+            self._drop(waiter, option)
             return True
         if self._observing(option.pool, operation.tenant):
             self._leave(waiter)
@@ -343,6 +346,17 @@ class Reserving:
         self._leave(waiter)
         self._grant(operation, option, waiter.tickets, now - waiter.since, None)
         return True
+
+    def _drop(self, waiter: Waiter, option: Option) -> None:
+        """This option can serve the waiter no more; deny when none is left."""
+        verdict = self._judge(option, waiter.operation)
+        if len(waiter.options) > 1:
+            waiter.options = tuple(other for other in waiter.options if other is not option)
+            self._leave_queue(option)
+        else:
+            self._leave(waiter)
+            for ticket in waiter.tickets:
+                self._deny(ticket, verdict.reason, option, verdict)
 
     def wake_at(self) -> int | None:
         """When a deadline comes or the turn of a queue's head, if nothing is given back before."""

@@ -14,10 +14,11 @@ import msgspec
 from paceline.engine import answers as an
 from paceline.engine import events as ev
 from paceline.engine import operations as op
-from paceline.engine.accounting import WEIGHT_ONE, Prices, Sizes, Usage, UsageKind, expected_usage
+from paceline.engine.accounting import Prices, Sizes, Usage, UsageKind, expected_usage
 from paceline.engine.answers import Answer
 from paceline.engine.books import Books
-from paceline.engine.dimensions import GAUGES, Dimension
+from paceline.engine.dimensions import Dimension, Window
+from paceline.engine.keys import child_keys
 from paceline.engine.operations import Disposition, Refusal
 from paceline.engine.reserving import Reserving
 from paceline.engine.state import Ended, EndKind, Reservation
@@ -28,8 +29,12 @@ _NO_ANSWER = op.Outcome(Disposition.NO_RESPONSE)
 
 
 class Charged(msgspec.Struct, frozen=True):
-    """What stands in each bucket, what upstream may have counted beyond it, and the cost in nano-dollars."""
+    """What stands in each bucket, what upstream may have counted beyond it, and the cost in nano-dollars.
 
+    ``stated`` is what the answer says: the amounts by dimension, without those of shares.
+    """
+
+    stated: tuple[tuple[Dimension, int], ...]
     amounts: tuple[int, ...]
     overs: tuple[int, ...]
     cost: int
@@ -74,7 +79,7 @@ class Settling:
         numbers = reservation.buckets
         if outcome.disposition is Disposition.NOT_SENT:
             self._release_open(reservation)
-            return an.Committed(books.by_dimension(numbers, (0,) * len(numbers)))
+            return an.Committed(books.recipe(reservation.pool, numbers).by_dimension((0,) * len(numbers)))
         charged = self._charge_reservation(reservation, outcome)
         forfeits = self._forfeits(numbers, reservation.holds, charged.amounts, reservation.ordinal)
         books.emit(ev.Settled(reservation.key, charged.amounts, forfeits, charged.overs, charged.cost))
@@ -88,7 +93,7 @@ class Settling:
                 Call(reservation.granted_at, numbers, reservation.holds),
             )
         self._teacher.hold_to_readings(numbers, books.now)
-        return an.Committed(books.by_dimension(numbers, charged.amounts), charged.cost)
+        return an.Committed(charged.stated, charged.cost)
 
     def _commit_ended(self, operation: op.Commit, ended: Ended) -> Answer:
         books, outcome = self._books, operation.outcome
@@ -98,9 +103,13 @@ class Settling:
             return an.Invalid("reservation_id", "was released before it was granted: there is nothing to commit")
         charges = ended.charges
         if ended.kind is EndKind.SETTLED:
-            return an.Committed(books.by_dimension(ended.buckets, charges), ended.cost, duplicate=True)
-        charged = self._charge(ended.pool, ended.buckets, charges, ended.prices, ended.sizes, None, outcome)
-        forfeits = self._forfeits(ended.buckets, charges, charged.amounts, ended.ordinal)
+            return an.Committed(
+                books.recipe(ended.pool, ended.buckets).by_dimension(charges), ended.cost, duplicate=True
+            )
+        charged = self._charge(
+            ended.pool, ended.buckets, charges, ended.prices, ended.sizes, ended.output_tokens, outcome
+        )
+        forfeits = self._forfeits(ended.buckets, charges, charged.amounts, ended.ordinal, ended.ended_at)
         books.emit(ev.Replaced(operation.key, charged.amounts, forfeits, charged.overs, charged.cost))
         self._stats.settled(ended.pool, outcome)
         self._teacher.observe(
@@ -111,7 +120,14 @@ class Settling:
             Call(ended.granted_at, ended.buckets, charges),
         )
         self._teacher.hold_to_readings(ended.buckets, books.now)
-        return an.Committed(books.by_dimension(ended.buckets, charged.amounts), charged.cost, late=True)
+        return an.Committed(charged.stated, charged.cost, late=True)
+
+    def _again(self, ended: Ended) -> Answer:
+        """The first answer, marked."""
+        if not ended.buckets:
+            return an.Committed(duplicate=True)
+        charges = self._books.recipe(ended.pool, ended.buckets).by_dimension(ended.charges)
+        return an.Committed(charges, ended.cost, duplicate=True)
 
     def _commit_forgotten(self, key: str, context: op.Context, outcome: op.Outcome) -> Answer:
         """Book a call from the context of its grant; this ledger has lost or never had the reservation."""
@@ -137,7 +153,7 @@ class Settling:
             Call(context.granted_at, numbers, holds),
         )
         self._teacher.hold_to_readings(numbers, books.now)
-        return an.Committed(books.by_dimension(numbers, charged.amounts), charged.cost, late=True)
+        return an.Committed(charged.stated, charged.cost, late=True)
 
     def is_stale(self, granted_at: int) -> bool:
         """Whether a grant of that instant may have been settled and forgotten."""
@@ -149,8 +165,7 @@ class Settling:
         if operation.key:
             ended = books.state.ended.get(operation.key)
             if ended is not None:
-                charges = books.by_dimension(ended.buckets, ended.charges)
-                return an.Committed(charges, ended.cost, duplicate=True)
+                return self._again(ended)
             if operation.key in books.state.open or self._reserving.waits(operation.key):
                 return an.Invalid("observation_id", "is the id of a reservation")
         pool = books.state.pools.get(candidate.pool)
@@ -160,7 +175,7 @@ class Settling:
         if numbers is None:
             return an.Invalid("tenant", f"the ledger has its most limits ({books.caps.buckets})")
         sizes = pool.profile.fill(candidate.estimate)
-        holds = books.holds(candidate.pool, numbers, sizes, candidate.prices)
+        holds = books.recipe(candidate.pool, numbers).holds(sizes, candidate.prices)
         charged = self._charge(candidate.pool, numbers, holds, candidate.prices, sizes, None, outcome)
         self._book(operation.key, candidate.pool, candidate.shares, numbers, charged, books.now)
         self._stats.settled(candidate.pool, outcome)
@@ -172,7 +187,7 @@ class Settling:
             Call(None, numbers, holds),
         )
         self._teacher.hold_to_readings(numbers, books.now)
-        return an.Committed(books.by_dimension(numbers, charged.amounts), charged.cost)
+        return an.Committed(charged.stated, charged.cost)
 
     def _book(
         self,
@@ -213,42 +228,39 @@ class Settling:
         outcome: op.Outcome,
     ) -> Charged:
         books = self._books
-        profile = books.state.pools[pool].profile
-        rules = books.rules(pool)
+        if outcome.disposition is Disposition.NOT_SENT:
+            nothing = (0,) * len(numbers)
+            return Charged(books.recipe(pool, numbers).by_dimension(nothing), nothing, nothing, 0)
         usage = outcome.usage
         if outcome.usage_kind is UsageKind.MISSING or usage is None:
-            usage = _unreported(sizes, output_tokens, outcome, profile.refused_counts)
-        final = outcome.usage_kind is UsageKind.FINAL
-        amounts, overs = [], []
-        cost = 0 if usage is None else prices.cost(usage)
-        for number, hold in zip(numbers, holds, strict=True):
-            dimension = books.state.buckets[number].dimension
-            rule = rules.get(dimension)
-            if dimension in GAUGES:
-                charge = 0
-            elif usage is None:
-                charge = hold
-                if dimension is Dimension.SPEND:
-                    cost = hold
-            elif dimension is Dimension.SPEND:
-                charge = cost
-            elif rule is None:
-                charge = hold
-            else:
-                charge = rule.settle(usage, hold)
-            amounts.append(charge)
-            overs.append(_over_at_the_end(dimension, charge, profile.estimate_slack, final))
-        return Charged(tuple(amounts), tuple(overs), cost)
+            refused_counts = books.state.pools[pool].profile.refused_counts
+            usage = _unreported(sizes, output_tokens, outcome, refused_counts)
+        recipe = books.recipe(pool, numbers)
+        amounts, overs = recipe.charges(usage, prices, holds, outcome.usage_kind is UsageKind.FINAL)
+        return Charged(recipe.by_dimension(amounts), amounts, overs, amounts[recipe.spend])
 
     def _forfeits(
-        self, numbers: tuple[int, ...], holds: tuple[int, ...], charges: tuple[int, ...], ordinal: int
+        self,
+        numbers: tuple[int, ...],
+        holds: tuple[int, ...],
+        charges: tuple[int, ...],
+        ordinal: int,
+        ended_at: int | None = None,
     ) -> tuple[int, ...]:
-        """What of each refund may not be credited. Brings the buckets to the present."""
+        """What of each refund may not be credited. Brings the buckets to the present.
+
+        What ended at ``ended_at``, in a month that is over, gives nothing back to this one.
+        """
         forfeits = []
         for number, hold, charge in zip(numbers, holds, charges, strict=True):
             bucket = self._books.advance(number)
             back = hold - charge
-            forfeits.append(back - bucket.credit(ordinal, back) if back > 0 else 0)
+            if back <= 0:
+                forfeits.append(0)
+            elif ended_at is not None and bucket.window is Window.MONTH and ended_at < bucket.turned_at:
+                forfeits.append(back)
+            else:
+                forfeits.append(back - bucket.credit(ordinal, back))
         return tuple(forfeits)
 
     # -- Release, expiry, forgetting --------------------------------------------------------------------------------
@@ -266,22 +278,29 @@ class Settling:
             return an.Released(released=True)
         ended = state.ended.get(key)
         if ended is None:
-            if operation.context is not None and self.is_stale(operation.context.granted_at):
+            context = operation.context
+            if context is not None and context.count > 1 and context.key == key:
+                return self._release_all(child_keys(key, context.count))
+            if context is not None and self.is_stale(context.granted_at):
                 return an.Released(stale=True)
             self._books.emit(ev.Tombstoned(key))
             return an.Released(tombstone=True)
         if ended.kind is EndKind.TOGETHER:
-            still_open = [child for child in ended.keys if child in state.open]
-            for child in still_open:
-                self._release_open(state.open[child])
-            return an.Released(released=bool(still_open), duplicate=not still_open)
+            return self._release_all(ended.keys)
         if ended.kind is EndKind.EXPIRED:
             nothing = (0,) * len(ended.buckets)
-            forfeits = self._forfeits(ended.buckets, ended.charges, nothing, ended.ordinal)
+            forfeits = self._forfeits(ended.buckets, ended.charges, nothing, ended.ordinal, ended.ended_at)
             self._books.emit(ev.Replaced(key, nothing, forfeits, nothing, 0))
             self._teacher.hold_to_readings(ended.buckets, self._books.now)
             return an.Released(released=True, late=True)
         return an.Released(duplicate=True)
+
+    def _release_all(self, keys: tuple[str, ...]) -> Answer:
+        """Release what is still open of a bulk grant."""
+        still_open = [reservation for key in keys if (reservation := self._books.state.open.get(key)) is not None]
+        for reservation in still_open:
+            self._release_open(reservation)
+        return an.Released(released=bool(still_open), duplicate=not still_open)
 
     def _release_open(self, reservation: Reservation) -> None:
         nothing = (0,) * len(reservation.holds)
@@ -377,7 +396,7 @@ class Settling:
         if output is None or output <= reservation.sizes.output_tokens:
             return reservation.holds, reservation.overs
         sizes = msgspec.structs.replace(reservation.sizes, output_tokens=output)
-        wanted = self._books.holds(reservation.pool, reservation.buckets, sizes, reservation.prices)
+        wanted = self._books.recipe(reservation.pool, reservation.buckets).holds(sizes, reservation.prices)
         holds, overs = [], []
         for place, number in enumerate(reservation.buckets):
             hold = max(reservation.holds[place], wanted[place])
@@ -399,8 +418,6 @@ def _unreported(
     """
     requests = 1 if sizes is None else sizes.requests
     refusal = None if outcome.observation is None else outcome.observation.refusal
-    if outcome.disposition is Disposition.NOT_SENT:
-        return Usage(0)
     if outcome.disposition is Disposition.REJECTED:
         counts = refusal is None or refusal is Refusal.OTHER or refused_counts
         return Usage(requests if counts else 0)
@@ -413,12 +430,3 @@ def _unreported(
     if outcome.disposition is Disposition.FAILED:
         return expected_usage(msgspec.structs.replace(sizes, output_tokens=0))
     return None
-
-
-def _over_at_the_end(dimension: Dimension, charge: int, slack: int, final: bool) -> int:
-    """What upstream may have counted at some time beyond the charge of an ended call."""
-    if dimension in GAUGES or dimension in (Dimension.SPEND, Dimension.REQUESTS):
-        return 0
-    if dimension is Dimension.OUTPUT_TOKENS and final:
-        return 0
-    return -(-charge * (slack - WEIGHT_ONE) // WEIGHT_ONE)

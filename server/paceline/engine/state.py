@@ -75,6 +75,7 @@ class Ended(msgspec.Struct, frozen=True, array_like=True, gc=False):
     prices: Prices = Prices()
     keys: tuple[str, ...] = ()
     sizes: Sizes | None = None
+    output_tokens: int | None = None
 
 
 class Pool(msgspec.Struct, array_like=True):
@@ -271,6 +272,7 @@ class State:
             level=event.level,
             refilled=event.level,
             turns_at=next_month(self.at) if event.window is Window.MONTH else 0,
+            turned_at=self.at,
             configured=event.amount,
             configured_burst=event.burst,
             override=event.override,
@@ -331,8 +333,6 @@ class State:
         for number, hold, over in zip(event.buckets, event.holds, event.overs, strict=True):
             bucket = buckets[number]
             bucket.lower(ordinal, hold)
-            if hold > bucket.largest:
-                bucket.largest = hold
             bucket.charged += hold
             bucket.held += hold
             bucket.granted += hold
@@ -359,8 +359,7 @@ class State:
             bucket.over += new.overs[place] - old.overs[place]
             more = new.holds[place] - old.holds[place]
             if more:
-                bucket.grow_largest(self.ordinal + 1, new.holds[place], fresh=False)
-                bucket.lower(self.ordinal + 1, more)
+                bucket.grow(self.ordinal + 1, more)
                 bucket.charged += more
                 bucket.held += more
                 bucket.granted += more
@@ -398,10 +397,11 @@ class State:
                 bucket.settled += hold
             elif kind is EndKind.EXPIRED:
                 bucket.expired += hold
+                bucket.refundable += charge
             else:
                 bucket.released += hold
             bucket.over -= reservation.overs[place]
-            self._recharge(bucket, hold, charge, forfeits[place])
+            self._recharge(bucket, hold, charge, forfeits[place], reservation.ordinal)
             bucket.note_end(at, charge, overs[place])
             if bucket.constraint is not None:
                 _counted_after(bucket.constraint, reservation.granted_at, charge - hold)
@@ -422,15 +422,16 @@ class State:
             reservation.ordinal,
             reservation.prices,
             sizes=reservation.sizes,
+            output_tokens=reservation.output_tokens,
         )
 
-    def _recharge(self, bucket: Bucket, old: int, new: int, forfeit: int) -> None:
-        """Put the charge ``new`` in the place of ``old``."""
+    def _recharge(self, bucket: Bucket, old: int, new: int, forfeit: int, ordinal: int) -> None:
+        """Put the charge ``new`` in the place of ``old``, of a hold granted at ``ordinal``."""
         bucket.charged += new - old
         if new > old:
             bucket.lower(self.ordinal + 1, new - old)
-        else:
-            bucket.level += old - new - forfeit
+        elif new < old:
+            bucket.refund(ordinal, old - new - forfeit)
             bucket.refilled -= forfeit
 
     def _replaced(self, event: ev.Replaced) -> None:
@@ -438,7 +439,9 @@ class State:
         for place, number in enumerate(old.buckets):
             bucket = self.buckets[number]
             before, charge = old.charges[place], event.charges[place]
-            self._recharge(bucket, before, charge, event.forfeits[place])
+            self._recharge(bucket, before, charge, event.forfeits[place], old.ordinal)
+            if old.kind is EndKind.EXPIRED:
+                bucket.refundable -= before
             bucket.amend_end(old.ended_at, charge - before, event.overs[place] - old.overs[place])
             constraint = bucket.constraint
             if constraint is not None and old.granted_at is not None:
@@ -483,7 +486,11 @@ class State:
 
     def _forgotten(self, event: ev.Forgotten) -> None:
         for key in list(islice(self.ended, event.count)):
-            self.horizon = max(self.horizon, self.ended.pop(key).ended_at)
+            ended = self.ended.pop(key)
+            self.horizon = max(self.horizon, ended.ended_at)
+            if ended.kind is EndKind.EXPIRED:
+                for number, charge in zip(ended.buckets, ended.charges, strict=True):
+                    self.buckets[number].refundable -= charge
 
     def _corrected(self, event: ev.Corrected) -> None:
         bucket = self.buckets[event.bucket]
