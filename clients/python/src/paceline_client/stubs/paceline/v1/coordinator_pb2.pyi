@@ -506,7 +506,9 @@ class RenewResponse(_message.Message):
     ended: _builtins.bool
     """The reservation had been committed or released before: nothing was extended. The observation taught nevertheless."""
     late: _builtins.bool
-    """The hold had expired, or the ledger had forgotten it, and is open again."""
+    """The hold had expired, or the ledger had forgotten it: nothing was extended, and what it was charged at its expiry stands
+    until the Commit replaces it. The observation taught nevertheless.
+    """
     stale: _builtins.bool
     """The grant is older than the memory of the ledger: the observation taught, but nothing was extended."""
     @_builtins.property
