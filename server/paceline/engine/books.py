@@ -121,7 +121,7 @@ class Books:
                     wanted.append((pool, name, cap))
         wanted.append(("", "", Limit(Dimension.SPEND, Window.MONTH, UNLIMITED)))
         for scope, name, limit in wanted:
-            number = state.addresses.get((scope, name, limit.dimension))
+            number = state.addresses.get((scope, name, limit.dimension, limit.window))
             if number is None:
                 if len(state.buckets) >= self.caps.buckets:
                     return None

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 from paceline.engine import answers as an
 from paceline.engine import events as ev
 from paceline.engine import operations as op
 from paceline.engine.answers import Answer
 from paceline.engine.books import FULL, Books
+from paceline.engine.bucket import Bucket
 from paceline.engine.dimensions import UNLIMITED, WINDOW_US, Dimension, Limit, Window
 
 
@@ -56,6 +59,7 @@ class Definitions:
             self._books.defined()
         for limit in operation.limits:
             self._set(name, "", limit, operation.fill)
+        self._lift_others(lambda bucket: bucket.pool == name and not bucket.share, operation.limits)
         return an.Done()
 
     def _share(self, operation: op.DefineShare) -> Answer:
@@ -67,22 +71,30 @@ class Definitions:
             return an.Done()
         self._books.emit(ev.ShareDefined(operation.share, operation.caps))
         self._books.defined()
-        caps = {cap.dimension: cap for cap in operation.caps}
+        caps = {(cap.dimension, cap.window): cap for cap in operation.caps}
         for number, bucket in enumerate(state.buckets):
-            if bucket.share == operation.share:
-                cap = caps.get(bucket.dimension, Limit(bucket.dimension, bucket.window, UNLIMITED))
+            cap = caps.get((bucket.dimension, bucket.window))
+            if bucket.share == operation.share and cap is not None:
                 self._configure(number, cap)
+        self._lift_others(lambda bucket: bucket.share == operation.share, operation.caps)
         return an.Done()
 
     def _override(self, operation: op.SetLimit) -> Answer:
-        number = self._state.addresses.get((operation.pool, "", operation.dimension))
-        if number is None:
-            return an.Invalid("dimension", "the pool has no such limit")
-        bucket = self._books.advance(number)
         limit = operation.limit
-        if limit is None:
-            limit = Limit(bucket.dimension, bucket.window, bucket.configured, bucket.configured_burst)
-        self.move(number, limit, learned=False, override=operation.limit is not None)
+        if limit is not None and limit.dimension is not operation.dimension:
+            return an.Invalid("limit.dimension", "is not the dimension to override")
+        found = False
+        for number, bucket in enumerate(self._state.buckets):
+            if bucket.share or bucket.pool != operation.pool or bucket.dimension is not operation.dimension:
+                continue
+            if limit is not None and limit.window is not bucket.window:
+                continue
+            found = True
+            bucket = self._books.advance(number)
+            told = Limit(bucket.dimension, bucket.window, bucket.configured, bucket.configured_burst)
+            self.move(number, told if limit is None else limit, learned=False, override=limit is not None)
+        if not found:
+            return an.Invalid("dimension", "the pool has no such limit")
         return an.Done()
 
     def _pause(self, operation: op.SetPaused) -> Answer:
@@ -96,7 +108,7 @@ class Definitions:
         return an.Done()
 
     def _set(self, scope: str, share: str, limit: Limit, fill: int) -> None:
-        number = self._state.addresses.get((scope, share, limit.dimension))
+        number = self._state.addresses.get((scope, share, limit.dimension, limit.window))
         if number is None:
             self._books.add_bucket(scope, share, limit, fill)
         else:
@@ -105,12 +117,18 @@ class Definitions:
     def _configure(self, number: int, limit: Limit) -> None:
         """Configuration says ``limit``: it rules if that is news, and no operator has overridden it."""
         bucket = self._state.buckets[number]
-        told = (bucket.configured, bucket.configured_burst, bucket.window)
-        if told == (limit.amount, limit.capacity, limit.window):
+        if (bucket.configured, bucket.configured_burst) == (limit.amount, limit.capacity):
             return
         bucket = self._books.advance(number)
         kept = Limit(bucket.dimension, bucket.window, bucket.amount, bucket.burst) if bucket.override else limit
         self.move(number, kept, learned=False, override=bucket.override, configured=limit)
+
+    def _lift_others(self, concerns: Callable[[Bucket], bool], limits: tuple[Limit, ...]) -> None:
+        """What is no longer configured limits nothing any more, but goes on counting."""
+        told = {(limit.dimension, limit.window) for limit in limits}
+        for number, bucket in enumerate(self._state.buckets):
+            if concerns(bucket) and (bucket.dimension, bucket.window) not in told:
+                self._configure(number, Limit(bucket.dimension, bucket.window, UNLIMITED))
 
     def move(
         self, number: int, limit: Limit, *, learned: bool, override: bool, configured: Limit | None = None
@@ -129,6 +147,5 @@ class Definitions:
                 bucket.configured if configured is None else configured.amount,
                 bucket.configured_burst if configured is None else configured.capacity,
                 override,
-                limit.window,
             )
         )

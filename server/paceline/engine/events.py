@@ -69,7 +69,6 @@ class LimitMoved(msgspec.Struct, frozen=True, array_like=True, tag="lim"):
     configured: int
     configured_burst: int
     override: bool
-    window: Window
 
 
 class LimitClaimed(msgspec.Struct, frozen=True, array_like=True, tag="claim", gc=False):

@@ -46,12 +46,13 @@ class Recipe:
         self._slack = profile.estimate_slack - WEIGHT_ONE
         self._kinds = tuple(_kind(dimension) for dimension in dimensions)
         self._rules = tuple(rules.get(dimension, Rule(dimension)) for dimension in dimensions)
-        self.own = tuple(
-            (place, dimension)
+        places = {
+            dimension: place
             for place, (number, dimension) in enumerate(zip(numbers, dimensions, strict=True))
             if not buckets[number].share
-        )
-        """Places of the pool's own limits and of the account's spend, without those of shares."""
+        }
+        self.own = tuple((place, dimension) for dimension, place in places.items())
+        """One place for each dimension of the pool and for the account's spend, without those of shares."""
 
         self.spend = next(place for place, dimension in self.own if dimension is Dimension.SPEND)
         """Place of the account's spend."""

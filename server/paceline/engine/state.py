@@ -143,7 +143,8 @@ class State:
         self.ordinal = 0
         self.horizon = -1
         self.buckets: list[Bucket] = []
-        self.addresses: dict[tuple[str, str, Dimension], int] = {}
+        self.addresses: dict[tuple[str, str, Dimension, Window], int] = {}
+        """Numbers of buckets by pool, share, dimension and window."""
         self.pools: dict[str, Pool] = {}
         self.shares: dict[str, Share] = {}
         self.modes: dict[tuple[str, str], Mode] = {}
@@ -219,7 +220,7 @@ class State:
             state.at, state.ordinal, state.horizon = head.at, head.ordinal, head.horizon
             state.buckets = head.buckets
             for number, bucket in enumerate(head.buckets):
-                state.addresses[bucket.pool, bucket.share, bucket.dimension] = number
+                state.addresses[bucket.pool, bucket.share, bucket.dimension, bucket.window] = number
             state.pools = {pool.name: pool for pool in head.pools}
             state.open_in = {pool.name: {} for pool in head.pools}
             state.shares = {share.name: share for share in head.shares}
@@ -278,7 +279,7 @@ class State:
             override=event.override,
         )
         self.buckets.append(bucket)
-        self.addresses[event.pool, event.share, event.dimension] = number
+        self.addresses[event.pool, event.share, event.dimension, event.window] = number
         if event.pool and not event.share:
             self.pools[event.pool].buckets.append(number)
 
@@ -289,8 +290,6 @@ class State:
         bucket = self.buckets[event.bucket]
         bucket.lower(self.ordinal + 1, 0)
         bucket.amount = event.amount
-        bucket.window = event.window
-        bucket.turns_at = next_month(self.at) if event.window is Window.MONTH else 0
         bucket.carry = 0
         bucket.move_burst(event.burst)
         bucket.level += event.adjusted

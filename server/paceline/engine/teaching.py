@@ -72,12 +72,10 @@ class Teacher:
         if refused is not None and all(reading.dimension is not refused for reading in readings):
             readings = (*readings, Reading(refused))
         for reading in readings:
-            number = self._state.addresses.get((name, "", reading.dimension))
+            number = self._state.addresses.get((name, "", reading.dimension, Window.MINUTE))
             if number is None or reading.dimension in GAUGES or reading.dimension is Dimension.SPEND:
                 continue
             bucket = self._advance(number)
-            if bucket.window is not Window.MINUTE:
-                continue
             self._learn_limit(number, bucket, reading, now)
             self._learn_burst(number, bucket, reading)
             low, high = reconcile.bounds_of_remaining(reading)
@@ -203,7 +201,8 @@ class Teacher:
         if observation.refusal is Refusal.SPEND:
             self._block(pool, next_month(now), closed=True)
         elif observation.refusal is Refusal.BUDGET:
-            known = observation.refused is not None and ((pool.name, "", observation.refused) in self._state.addresses)
+            refused = observation.refused
+            known = refused is not None and (pool.name, "", refused, Window.MINUTE) in self._state.addresses
             if known and pool.learn:
                 return
             wanted = SHORTEST_BLOCK_US if observation.retry_after_us is None else observation.retry_after_us
