@@ -41,7 +41,8 @@ def fits(buckets: Sequence[Bucket], numbers: tuple[int, ...], holds: tuple[int, 
     """
     for number, hold in zip(numbers, holds, strict=True):
         bucket = buckets[number]
-        if hold and bucket.level < hold and (bucket.at >= now or bucket.level + bucket.refill(now)[0] < hold):
+        need = bucket.need(hold) if hold else bucket.level
+        if bucket.level < need and (bucket.at >= now or bucket.level + bucket.refill(now)[0] < need):
             return False
     return True
 
@@ -52,22 +53,29 @@ def room(buckets: Sequence[Bucket], numbers: tuple[int, ...], holds: tuple[int, 
     for number, hold in zip(numbers, holds, strict=True):
         if hold:
             bucket = buckets[number]
-            count = max(0, bucket.level + bucket.refill(now)[0]) // hold
+            level = bucket.level + bucket.refill(now)[0]
+            count = max(0, level) // hold or int(level >= bucket.need(hold))
             most = count if most is None else min(most, count)
     return most
 
 
-def judge(bucket: Bucket, hold: int, ahead: int, now: int) -> Verdict:
-    """The verdict of one bucket on a call that holds ``hold``, with ``ahead`` wanted by those before it."""
+def needed(bucket: Bucket, hold: int, count: int) -> int:
+    """The level at which ``count`` calls may pass together."""
+    return bucket.need(hold) if count == 1 else hold * count
+
+
+def judge(bucket: Bucket, hold: int, count: int, ahead: int, now: int) -> Verdict:
+    """The verdict of one bucket on ``count`` calls that hold ``hold`` each, with ``ahead`` wanted by those before."""
     dimension = bucket.dimension
     if not hold:
         return NOW
-    if hold > bucket.burst:
+    need = needed(bucket, hold, count)
+    if need > bucket.burst or not bucket.burst:
         # A month's budget that is too small will be larger for nobody this month; a zero limit is a closed pool.
         reason = Reason.SPEND_CAP if dimension is Dimension.SPEND else Reason.TOO_LARGE
         return Verdict(None, 0, Reason.POOL_CLOSED if not bucket.burst else reason, dimension, final=True)
     refilled, carry = bucket.refill(now)
-    missing = bucket.level + refilled - ahead - hold
+    missing = bucket.level + refilled - ahead - need
     if missing >= 0:
         return NOW
     if bucket.window is Window.MONTH:

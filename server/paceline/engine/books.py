@@ -37,6 +37,8 @@ class Caps(msgspec.Struct, frozen=True):
     shares: int = 4_096
     buckets: int = 32_768
     """Limits: of pools, and of shares in each pool that they have called."""
+    modes: int = 8_192
+    """Modes set for pools and tenants."""
     tickets_per_waiter: int = 16
     """Repeats of one waiting Reserve that are answered."""
 
@@ -129,11 +131,21 @@ class Books:
             numbers.append(number)
         return tuple(numbers)
 
-    def add_bucket(self, scope: str, share: str, limit: Limit, fill: int) -> int:
+    def add_bucket(self, scope: str, share: str, limit: Limit, fill: int, *, guessed: bool = False) -> int:
         """Make a bucket, ``fill`` thousandths full; its number."""
         level = limit.capacity * fill // FULL
         self.emit(
-            ev.BucketAdded(scope, share, limit.dimension, limit.window, limit.amount, limit.capacity, level, False)
+            ev.BucketAdded(
+                scope,
+                share,
+                limit.dimension,
+                limit.window,
+                limit.amount,
+                limit.capacity,
+                level,
+                override=False,
+                guessed=guessed,
+            )
         )
         return len(self.state.buckets) - 1
 

@@ -83,6 +83,8 @@ class Bucket(msgspec.Struct, array_like=True):
     ends: list[tuple[int, int, int]] = msgspec.field(default_factory=list)
     """(last end in slot, cumulative charge, cumulative over) of ended calls, inclusive."""
     constraint: Constraint | None = None
+    guessed: bool = False
+    """Nobody has said or confirmed this limit: it must not make a lone call impossible."""
     configured: int = 0
     """The amount that configuration gives; a learned one replaces it in ``amount``."""
     configured_burst: int = 0
@@ -128,6 +130,14 @@ class Bucket(msgspec.Struct, array_like=True):
             return None
         return -((level * window + carry) // self.amount)
 
+    def need(self, hold: int) -> int:
+        """The level at which a call that holds ``hold`` may pass.
+
+        A guessed burst may be far below the real one; a call above it passes when the bucket is full, into debt, so
+        that its answer can teach.
+        """
+        return min(hold, self.burst) if self.guessed else hold
+
     # -- amounts ------------------------------------------------------------------------------------------------
 
     def lower(self, ordinal: int, amount: int) -> None:
@@ -152,6 +162,8 @@ class Bucket(msgspec.Struct, array_like=True):
     def refund(self, since: int, amount: int) -> None:
         """Raise the level by a credit, as if ``amount`` had not been held since ordinal ``since``."""
         self.level += amount
+        if self.level >= self.burst:
+            self.carry = 0
         peaks = self.peaks
         first = bisect_right(peaks, since, key=_first) if peaks else 0
         if first == len(peaks):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 from paceline.engine import answers as an
 from paceline.engine import events as ev
@@ -33,11 +33,11 @@ class Definitions:
         if isinstance(operation, op.SetLimit):
             return self._override(operation)
         if isinstance(operation, op.SetMode):
-            if self._state.modes.get((operation.pool, operation.tenant)) is not operation.mode:
-                if len(self._state.modes) >= self._books.caps.shares:
-                    return an.Invalid("tenant", "too many modes are set in this ledger")
-                self._books.emit(ev.ModeSet(operation.pool, operation.tenant, operation.mode))
-            return an.Done()
+            return self._modes([(operation.pool, operation.tenant, operation.mode)])
+        if isinstance(operation, op.DefineModes):
+            told = {(pool, tenant) for pool, tenant, _ in operation.modes}
+            others = [(*address, None) for address in self._state.modes if address not in told]
+            return self._modes([*others, *operation.modes])
         if isinstance(operation, op.SetPaused):
             return self._pause(operation)
         raise TypeError(f"not an operation: {type(operation).__name__}")
@@ -58,7 +58,7 @@ class Definitions:
             self._books.emit(ev.PoolDefined(name, operation.profile, operation.learn))
             self._books.defined()
         for limit in operation.limits:
-            self._set(name, "", limit, operation.fill)
+            self._set(name, "", limit, operation.fill, guessed=operation.guessed)
         self._lift_others(lambda bucket: bucket.pool == name and not bucket.share, operation.limits)
         return an.Done()
 
@@ -97,6 +97,15 @@ class Definitions:
             return an.Invalid("dimension", "the pool has no such limit")
         return an.Done()
 
+    def _modes(self, changes: Sequence[tuple[str, str, op.Mode | None]]) -> Answer:
+        modes = self._state.modes
+        if len(modes) + sum(mode is not None for _, _, mode in changes) > self._books.caps.modes:
+            return an.Invalid("tenant", f"the ledger has its most modes ({self._books.caps.modes})")
+        for pool, tenant, mode in changes:
+            if modes.get((pool, tenant)) is not mode:
+                self._books.emit(ev.ModeSet(pool, tenant, mode))
+        return an.Done()
+
     def _pause(self, operation: op.SetPaused) -> Answer:
         pool = self._state.pools.get(operation.pool)
         if pool is None:
@@ -107,10 +116,10 @@ class Definitions:
             self._books.emit(ev.PoolBlocked(operation.pool, 0, False))
         return an.Done()
 
-    def _set(self, scope: str, share: str, limit: Limit, fill: int) -> None:
+    def _set(self, scope: str, share: str, limit: Limit, fill: int, *, guessed: bool = False) -> None:
         number = self._state.addresses.get((scope, share, limit.dimension, limit.window))
         if number is None:
-            self._books.add_bucket(scope, share, limit, fill)
+            self._books.add_bucket(scope, share, limit, fill, guessed=guessed)
         else:
             self._configure(number, limit)
 

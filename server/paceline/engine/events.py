@@ -47,6 +47,7 @@ class BucketAdded(msgspec.Struct, frozen=True, array_like=True, tag="bkt"):
     burst: int
     level: int
     override: bool
+    guessed: bool
 
 
 class ShareDefined(msgspec.Struct, frozen=True, array_like=True, tag="share"):
@@ -205,7 +206,7 @@ class PoolPaused(msgspec.Struct, frozen=True, array_like=True, tag="pause"):
 class ModeSet(msgspec.Struct, frozen=True, array_like=True, tag="mode"):
     pool: str
     tenant: str
-    mode: Mode
+    mode: Mode | None
 
 
 Event = (

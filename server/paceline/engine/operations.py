@@ -176,6 +176,7 @@ class DefinePool(msgspec.Struct, frozen=True, tag=True):
     """Create a pool, or bring it to a new definition without touching what it has learned beyond that.
 
     ``fill`` is how full its limits start, in thousandths: the upstream's level is not known before the first answer.
+    ``guessed``: nobody has said these limits, so they make no lone call impossible until an answer confirms them.
     """
 
     pool: str
@@ -183,6 +184,7 @@ class DefinePool(msgspec.Struct, frozen=True, tag=True):
     limits: tuple[Limit, ...]
     learn: bool = True
     fill: int = 1_000
+    guessed: bool = False
 
 
 class DefineShare(msgspec.Struct, frozen=True, tag=True):
@@ -207,11 +209,17 @@ class SetLimit(msgspec.Struct, frozen=True, tag=True):
 
 
 class SetMode(msgspec.Struct, frozen=True, tag=True):
-    """Enforce or observe, for a pool and a tenant. Empty means every; the most specific wins."""
+    """Enforce or observe, for a pool and a tenant. Empty means every; the most specific wins; ``None`` unsets."""
 
-    mode: Mode
+    mode: Mode | None
     pool: str = ""
     tenant: str = ""
+
+
+class DefineModes(msgspec.Struct, frozen=True, tag=True):
+    """What the configuration says of modes, as (pool, tenant, mode); whatever else was set is unset."""
+
+    modes: tuple[tuple[str, str, Mode], ...]
 
 
 class SetPaused(msgspec.Struct, frozen=True, tag=True):
@@ -232,5 +240,6 @@ Operation = (
     | DefineSpend
     | SetLimit
     | SetMode
+    | DefineModes
     | SetPaused
 )

@@ -172,7 +172,7 @@ class Reserving:
         for number, hold in zip(option.buckets, option.holds, strict=True):
             self._teacher.lapse(number, now)
             ahead = queue.ahead(number) if queue is not None else 0
-            verdicts.append(admission.judge(state.buckets[number], hold * count, ahead, now))
+            verdicts.append(admission.judge(state.buckets[number], hold, count, ahead, now))
         return admission.worst(verdicts)
 
     def _observing(self, pool: str, tenant: str) -> bool:
@@ -331,7 +331,7 @@ class Reserving:
             return False
         count = 1 if operation.partial else operation.count
         hopeless = any(
-            hold * count > state.buckets[number].burst
+            admission.needed(state.buckets[number], hold, count) > state.buckets[number].burst
             for number, hold in zip(option.buckets, option.holds, strict=True)
         )
         if hopeless or pool.paused or pool.blocked_until > now:
@@ -380,7 +380,7 @@ class Reserving:
         for number, hold in zip(option.buckets, option.holds, strict=True):
             bucket = state.buckets[number]
             refilled, carry = bucket.refill(now)
-            missing = bucket.level + refilled - hold * count
+            missing = bucket.level + refilled - admission.needed(bucket, hold, count)
             if hold and missing < 0:
                 wait = bucket.wait_us(missing, carry, now)
                 if wait is None:

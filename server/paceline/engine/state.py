@@ -277,6 +277,7 @@ class State:
             configured=event.amount,
             configured_burst=event.burst,
             override=event.override,
+            guessed=event.guessed,
         )
         self.buckets.append(bucket)
         self.addresses[event.pool, event.share, event.dimension, event.window] = number
@@ -297,6 +298,7 @@ class State:
         bucket.configured = event.configured
         bucket.configured_burst = event.configured_burst
         bucket.override = event.override
+        bucket.guessed = False
         bucket.pending = None
         bucket.learned_at = self.at if event.learned else None
 
@@ -498,10 +500,13 @@ class State:
             bucket.lower(self.ordinal + 1, -event.adjusted)
         else:
             bucket.level += event.adjusted
+            if bucket.level >= bucket.burst:
+                bucket.carry = 0
 
     def _reading_kept(self, event: ev.ReadingKept) -> None:
-        constraint = event.constraint
-        self.buckets[event.bucket].constraint = None if constraint is None else msgspec.structs.replace(constraint)
+        bucket, constraint = self.buckets[event.bucket], event.constraint
+        bucket.constraint = None if constraint is None else msgspec.structs.replace(constraint)
+        bucket.guessed = False
 
     def _pool_blocked(self, event: ev.PoolBlocked) -> None:
         pool = self.pools[event.pool]
@@ -511,7 +516,10 @@ class State:
         self.pools[event.pool].paused = event.paused
 
     def _mode_set(self, event: ev.ModeSet) -> None:
-        self.modes[event.pool, event.tenant] = event.mode
+        if event.mode is None:
+            self.modes.pop((event.pool, event.tenant), None)
+        else:
+            self.modes[event.pool, event.tenant] = event.mode
 
 
 def _counted_after(constraint: Constraint, granted_at: int, amount: int) -> None:

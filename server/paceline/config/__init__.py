@@ -1,0 +1,25 @@
+"""The server's configuration: its form, its checks, and what follows from it."""
+
+from __future__ import annotations
+
+from paceline.config.document import ConfigError
+from paceline.config.limits import ServerLimits
+from paceline.config.load import Report, check, load_config, token_hashes
+from paceline.config.model import CandidateSpec, Config, IdentitySpec
+from paceline.config.translate import Shares, catalogue, definitions, expand_ladder
+
+__all__ = [
+    "CandidateSpec",
+    "Config",
+    "ConfigError",
+    "IdentitySpec",
+    "Report",
+    "ServerLimits",
+    "Shares",
+    "catalogue",
+    "check",
+    "definitions",
+    "expand_ladder",
+    "load_config",
+    "token_hashes",
+]

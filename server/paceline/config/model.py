@@ -1,0 +1,214 @@
+"""The configuration file's form. Every field has a default: an empty file is a working server.
+
+Amounts are per minute unless said otherwise, money is in US dollars, durations are seconds or text like
+``5m``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Annotated, Literal
+
+from pydantic import BeforeValidator, Field, PrivateAttr, StrictBool
+
+from paceline.config.fields import Label, ListenAddress, MetricsAddress, Plain, StoreUrl
+from paceline.config.limits import ServerLimits
+from paceline.engine.dimensions import UNLIMITED
+from paceline.providers.catalogue import Target, packaged
+from paceline.providers.schema import CatalogueSpec, Count, Limits, Strict, Text, Usd, merge, usd
+
+ModeName = Literal["enforce", "observe"]
+Role = Literal["call", "teach", "admin"]
+Cap = Annotated[
+    int,
+    BeforeValidator(
+        lambda value: UNLIMITED if value == "unlimited" else usd(value), json_schema_input_type=float | str
+    ),
+]
+"""US dollars a month, or ``unlimited``. Nano-dollars inside."""
+
+
+class Defaults(Strict):
+    """What is assumed of a call that does not say."""
+
+    provider: Label = "anthropic"
+    account: Label = "default"
+    initial_fill: Annotated[float, Field(ge=0, le=1)] = 1.0
+    """How full a pool starts that nothing is known of yet, from 0 to 1."""
+
+
+class PoolSpec(Limits):
+    """Limits of a pool that replace its tier's, until response headers say otherwise."""
+
+    learn: StrictBool = True
+    """Let response headers change the limits."""
+
+
+class WorkspaceSpec(Strict):
+    """Limits that the provider puts on one of its own workspaces, in place of the account's."""
+
+    limits: Limits = Limits()
+    """For every pool."""
+    pools: dict[str, PoolSpec] = Field(default_factory=dict)
+    """For single pools."""
+    cache_reads_count: StrictBool = False
+    """The workspace's input token limit counts cache reads."""
+
+
+class AccountSpec(Strict):
+    """An account with a provider: the owner of a ledger."""
+
+    provider: Label | None = None
+    """The default provider if absent."""
+    tier: str | None = None
+    """The usage tier, as the catalogue names it."""
+    monthly_spend_cap: Cap | None = None
+    """The tier's if absent."""
+    pools: dict[str, PoolSpec] = Field(default_factory=dict)
+    """Keyed by group, endpoint pool or model; `;region=…` and `;service_tier=…` may follow."""
+    upstream_workspaces: dict[Plain, WorkspaceSpec] = Field(default_factory=dict)
+
+
+class ShareSpec(Strict):
+    """A part of every pool: a team's, a tenant's."""
+
+    weight: Annotated[int, Field(strict=True, ge=1, le=1_000_000)] = 1
+    """How much of what is contended this share gets, against its sisters."""
+    cap: Limits = Limits()
+    """The most that it may use, in each pool."""
+    guarantee: Limits = Limits()
+    """What it gets whenever it asks, in each pool."""
+    monthly_spend_cap: Usd | None = None
+    """US dollars, over all pools."""
+    tenants: tuple[Plain, ...] = ()
+    """Tenants whose calls count here; `*` stands for any characters."""
+    shares: dict[Label, ShareSpec] = Field(default_factory=dict)
+    """Shares of this share."""
+
+
+class CandidateSpec(Strict):
+    """One acceptable way to serve a call, or all those of another ladder."""
+
+    ladder: Label | None = None
+    """Take the candidates of this ladder; nothing else may stand beside it."""
+    provider: Plain = ""
+    account: Plain = ""
+    region: Plain = ""
+    upstream_workspace: Plain = ""
+    service_tier: Plain = ""
+    endpoint: Plain = ""
+    model: Plain = ""
+    min_output_tokens: Count | None = None
+    """With less room for output than this, the candidate is no use."""
+    max_output_tokens: Count | None = None
+    """The most output to ask for."""
+
+    @property
+    def target(self) -> Target:
+        """Where this candidate goes."""
+        return Target(
+            self.provider,
+            self.account,
+            self.region,
+            self.upstream_workspace,
+            self.service_tier,
+            self.endpoint,
+            self.model,
+        )
+
+
+class ModeRule(Strict):
+    """The mode of a tenant, of a pool, or of a tenant in a pool. The most specific rule wins."""
+
+    tenant: Plain = ""
+    pool: str = ""
+    """`ACCOUNT/POOL`, with the pool as in the account's `pools`."""
+    mode: ModeName
+
+
+class ModesSpec(Strict):
+    """Where decisions bind, and where they are only recorded."""
+
+    default: ModeName = "enforce"
+    rules: tuple[ModeRule, ...] = ()
+
+
+class IdentitySpec(Strict):
+    """A caller: how it proves who it is, and what it may do. No tokens in this file."""
+
+    name: Label
+    token_sha256: Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")] | None = None
+    """SHA-256 of the token, in hexadecimal."""
+    token_env: Annotated[str, Field(pattern=r"^[A-Za-z_][A-Za-z0-9_]*$", max_length=128)] | None = None
+    """An environment variable that holds the token."""
+    token_file: Annotated[str, Field(min_length=1, max_length=4096)] | None = None
+    """A file that holds the token."""
+    roles: tuple[Role, ...] = ("call", "teach")
+    """`call`: reserve and commit; `teach`: its response headers are believed; `admin`: administration."""
+    tenants: tuple[Text, ...] = ()
+    """Tenants that it may call for; `*` stands for any characters, and alone for every tenant."""
+    workspaces: tuple[str, ...] = ("*",)
+    """Shares that it may name as its workspace; `*` for all."""
+
+
+class CatalogueExtension(CatalogueSpec):
+    """What is added to the catalogue, or replaced in it."""
+
+    files: tuple[str, ...] = ()
+    """Catalogue files, relative to this file, laid over one another in order; what stands here comes last."""
+
+
+class Config(Strict):
+    """The configuration of a Paceline server."""
+
+    listen: ListenAddress = "127.0.0.1:7133"
+    """Where callers connect: `HOST:PORT` or `unix:PATH`. Environment: `PACELINE_LISTEN`."""
+    store: StoreUrl = "embedded:"
+    """Where journals are kept: `embedded:PATH`, or `embedded:` to keep nothing. Environment: `PACELINE_STORE`."""
+    metrics_listen: MetricsAddress = "off"
+    """Where metrics are read: `HOST:PORT` or `off`. Environment: `PACELINE_METRICS_LISTEN`."""
+    log_format: Literal["text", "json"] = "text"
+    """Environment: `PACELINE_LOG_FORMAT`."""
+    log_level: Literal["debug", "info", "warning", "error"] = "info"
+    """Environment: `PACELINE_LOG_LEVEL`."""
+    defaults: Defaults = Defaults()
+    accounts: dict[Label, AccountSpec] = Field(default_factory=dict)
+    shares: dict[Label, ShareSpec] = Field(default_factory=dict)
+    ladders: dict[Label, tuple[CandidateSpec, ...]] = Field(default_factory=dict)
+    """Named lists of candidates, best first."""
+    modes: ModesSpec = ModesSpec()
+    identities: tuple[IdentitySpec, ...] = ()
+    catalogue: CatalogueExtension = CatalogueExtension()
+    limits: ServerLimits = ServerLimits()
+
+    _catalogue_files: tuple[CatalogueSpec, ...] = PrivateAttr(default=())
+    _notes: tuple[str, ...] = PrivateAttr(default=())
+
+    @property
+    def catalogue_spec(self) -> CatalogueSpec:
+        """The packaged catalogue with this configuration's files and entries laid over it."""
+        spec = packaged()
+        for extension in (*self._catalogue_files, self.catalogue):
+            spec = merge(spec, extension)
+        return spec
+
+    @property
+    def notes(self) -> tuple[str, ...]:
+        """What is accepted but deserves a word, one line each. Filled by `load_config`."""
+        return self._notes
+
+    def walk_shares(self) -> Iterator[tuple[tuple[str, ...], tuple[ShareSpec, ...]]]:
+        """Every share with its ancestors, outermost first: names and specifications. Parents come first."""
+        stack: list[tuple[tuple[str, ...], tuple[ShareSpec, ...]]]
+        stack = [((name,), (share,)) for name, share in reversed(self.shares.items())]
+        while stack:
+            names, shares = stack.pop()
+            yield names, shares
+            below = reversed(shares[-1].shares.items())
+            stack += [((*names, name), (*shares, share)) for name, share in below]
+
+
+ENVIRONMENT = {
+    f"PACELINE_{field.upper()}": field for field in ("listen", "store", "metrics_listen", "log_format", "log_level")
+}
+"""Environment variables that override the file, with the fields they set."""
