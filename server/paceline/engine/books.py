@@ -172,7 +172,7 @@ class Books:
         if ended is None or ended.granted_at is None:
             # Forgotten: a Commit under this context will be stale, as it must.
             return op.Context(state.ledger, key, "", (), "", "", state.horizon, (), op.NO_PRICES, count)
-        charges = self.recipe(ended.pool, ended.buckets).by_dimension(ended.charges)
+        charges = self.recipe(ended.pool, ended.buckets).by_dimension(ended.holds or ended.charges)
         return op.Context(
             state.ledger, key, ended.pool, ended.shares, "", "", ended.granted_at, charges, ended.prices, count
         )

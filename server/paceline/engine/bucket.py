@@ -77,7 +77,9 @@ class Bucket(msgspec.Struct, array_like=True):
     refundable: int = 0
     """Charges of expired holds that a late Commit may yet give back; ``held`` comes on top."""
     peaks: list[tuple[int, int]] = msgspec.field(default_factory=list)
-    """(ordinal of the lowering, level before it), both kept monotone: ordinals rise, levels fall."""
+    """(ordinal of the lowering, level before it less ``lift``): ordinals rise, levels fall."""
+    lift: int = 0
+    """Added to all peaks. A refund that lifts most of them moves this, and the others the other way."""
     over: int = 0
     """What upstream may count of the open calls beyond their holds."""
     ends: list[tuple[int, int, int]] = msgspec.field(default_factory=list)
@@ -156,7 +158,7 @@ class Bucket(msgspec.Struct, array_like=True):
         peak = self.level
         first = bisect_right(self.peaks, since, key=_first)
         if first < len(self.peaks):
-            peak = max(peak, self.peaks[first][1])
+            peak = max(peak, self.peaks[first][1] + self.lift)
         return max(0, min(amount, self.burst - peak))
 
     def refund(self, since: int, amount: int) -> None:
@@ -168,8 +170,14 @@ class Bucket(msgspec.Struct, array_like=True):
         first = bisect_right(peaks, since, key=_first) if peaks else 0
         if first == len(peaks):
             return
-        for place in range(first, len(peaks)):
-            peaks[place] = (peaks[place][0], min(self.burst, peaks[place][1] + amount))
+        if first <= len(peaks) // 2:
+            self.lift += amount
+            moved, by = range(first), -amount
+        else:
+            moved, by = range(first, len(peaks)), amount
+        for place in moved:
+            ordinal, level = peaks[place]
+            peaks[place] = (ordinal, level + by)
         hidden = first
         while hidden and peaks[hidden - 1][1] <= peaks[first][1]:
             hidden -= 1
@@ -179,13 +187,17 @@ class Bucket(msgspec.Struct, array_like=True):
         """Change the burst, keeping for every open hold the headroom that it has seen."""
         moved = burst - self.burst
         if moved:
-            self.peaks = [(ordinal, level + moved) for ordinal, level in self.peaks]
+            self.lift += moved
             self.burst = burst
 
     def _push_peak(self, ordinal: int, level: int) -> None:
         peaks = self.peaks
+        level -= self.lift
         while peaks and peaks[-1][1] <= level:
             peaks.pop()
+        if not peaks:
+            level += self.lift
+            self.lift = 0
         peaks.append((ordinal, level))
         if len(peaks) > MAX_PEAKS:
             self.peaks = _coarser(peaks)

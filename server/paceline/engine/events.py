@@ -138,13 +138,14 @@ class Expired(msgspec.Struct, frozen=True, array_like=True, tag="exp"):
 
 
 class Replaced(msgspec.Struct, frozen=True, array_like=True, tag="late"):
-    """A late usage took the place of what an ended reservation was charged."""
+    """A late usage took the place of what an ended reservation was charged; ``released``: that it was never made."""
 
     key: str
     charges: tuple[int, ...]
     forfeits: tuple[int, ...]
     overs: tuple[int, ...]
     cost: int
+    released: bool = False
 
 
 class Booked(msgspec.Struct, frozen=True, array_like=True, tag="book"):

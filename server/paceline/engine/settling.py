@@ -107,7 +107,7 @@ class Settling:
                 books.recipe(ended.pool, ended.buckets).by_dimension(charges), ended.cost, duplicate=True
             )
         charged = self._charge(
-            ended.pool, ended.buckets, charges, ended.prices, ended.sizes, ended.output_tokens, outcome
+            ended.pool, ended.buckets, ended.holds, ended.prices, ended.sizes, ended.output_tokens, outcome
         )
         forfeits = self._forfeits(ended.buckets, charges, charged.amounts, ended.ordinal, ended.ended_at)
         books.emit(ev.Replaced(operation.key, charged.amounts, forfeits, charged.overs, charged.cost))
@@ -117,7 +117,7 @@ class Settling:
             outcome.observation,
             books.now,
             Call(ended.granted_at, ended.buckets, charged.amounts),
-            Call(ended.granted_at, ended.buckets, charges),
+            Call(ended.granted_at, ended.buckets, ended.holds),
         )
         self._teacher.hold_to_readings(ended.buckets, books.now)
         return an.Committed(charged.stated, charged.cost, late=True)
@@ -290,7 +290,7 @@ class Settling:
         if ended.kind is EndKind.EXPIRED:
             nothing = (0,) * len(ended.buckets)
             forfeits = self._forfeits(ended.buckets, ended.charges, nothing, ended.ordinal, ended.ended_at)
-            self._books.emit(ev.Replaced(key, nothing, forfeits, nothing, 0))
+            self._books.emit(ev.Replaced(key, nothing, forfeits, nothing, 0, released=True))
             self._teacher.hold_to_readings(ended.buckets, self._books.now)
             return an.Released(released=True, late=True)
         return an.Released(duplicate=True)

@@ -76,6 +76,7 @@ class Ended(msgspec.Struct, frozen=True, array_like=True, gc=False):
     keys: tuple[str, ...] = ()
     sizes: Sizes | None = None
     output_tokens: int | None = None
+    holds: tuple[int, ...] = ()
 
 
 class Pool(msgspec.Struct, array_like=True):
@@ -424,6 +425,7 @@ class State:
             reservation.prices,
             sizes=reservation.sizes,
             output_tokens=reservation.output_tokens,
+            holds=reservation.holds,
         )
 
     def _recharge(self, bucket: Bucket, old: int, new: int, forfeit: int, ordinal: int) -> None:
@@ -451,7 +453,11 @@ class State:
                     constraint.ended += charge - before
                     constraint.ended_over += event.overs[place] - old.overs[place]
         self.ended[event.key] = msgspec.structs.replace(
-            old, kind=EndKind.SETTLED, charges=event.charges, overs=event.overs, cost=event.cost
+            old,
+            kind=EndKind.RELEASED if event.released else EndKind.SETTLED,
+            charges=event.charges,
+            overs=event.overs,
+            cost=event.cost,
         )
 
     def _booked(self, event: ev.Booked) -> None:
