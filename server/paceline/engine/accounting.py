@@ -123,8 +123,8 @@ class Prices(msgspec.Struct, frozen=True, array_like=True):
 class Profile(msgspec.Struct, frozen=True, array_like=True):
     """One provider's counting, with the sizes assumed for what a caller leaves out.
 
-    ``estimate_slack`` bounds, in thousandths, by what factor an input estimate may differ from the upstream's
-    figure in either direction; readings of the limits are interpreted under it.
+    ``estimate_slack`` bounds, in thousandths, by what factor our estimate of a call's input, the upstream's own, and
+    what it really was may differ from each other; readings of the limits are interpreted under it.
     """
 
     name: str

@@ -78,18 +78,18 @@ def judge(bucket: Bucket, hold: int, count: int, ahead: int, now: int) -> Verdic
     missing = bucket.level + refilled - ahead - need
     if missing >= 0:
         return NOW
-    if bucket.window is Window.MONTH:
-        return Verdict(max(0, bucket.turns_at - now), 0, Reason.SPEND_CAP, dimension)
+    # What open calls hold may come back: of money, of gauges, and of output, which is held as estimated. Requests and
+    # input are charged as they are held, near enough.
     wait = bucket.wait_us(missing, carry, now)
-    if bucket.window is Window.NONE:
-        return Verdict(None, 0, Reason.LIMIT, dimension)
-    if dimension is Dimension.OUTPUT_TOKENS:
-        # Output is held as estimated and given back when the call ends: all that is held may come back.
+    hope = wait
+    if bucket.window in (Window.NONE, Window.MONTH) or dimension is Dimension.OUTPUT_TOKENS:
         optimistic = missing + bucket.held + ahead
-        hoped = bucket.wait_us(optimistic, carry, now) if optimistic < 0 else 0
-    else:
-        hoped = wait
-    return Verdict(wait, hoped or 0, Reason.LIMIT, dimension)
+        hope = bucket.wait_us(optimistic, carry, now) if optimistic < 0 else 0
+    reason = Reason.SPEND_CAP if dimension is Dimension.SPEND else Reason.LIMIT
+    if hope is None:
+        # Even if everything came back it would not fit.
+        return Verdict(None, 0, reason, dimension, final=True)
+    return Verdict(wait, hope, reason, dimension)
 
 
 def worst(verdicts: Sequence[Verdict]) -> Verdict:

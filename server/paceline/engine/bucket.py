@@ -11,7 +11,7 @@ Two columns of sums prove it: ``level = refilled - charged + adjusted`` and
 fuller all along, and would have stopped refilling at its burst earlier. So of a refund only ``burst - highest level
 since the grant`` is credited; the rest is taken off ``refilled``. The highest level since any grant comes from
 ``peaks``, a stack of decreasing levels: each lowering pushes the level before it, which hides all smaller ones. A
-credit rewrites that history, and lifts the peaks since its grant. While the level is so low that everything that may
+credit rewrites that history, and lifts the peaks since its grant. A peak with a carry counts as the next whole unit. While the level is so low that everything that may
 yet be refunded fits under the burst, no peak can matter and none is kept: under load the stack stays empty.
 """
 
@@ -144,8 +144,9 @@ class Bucket(msgspec.Struct, array_like=True):
 
     def lower(self, ordinal: int, amount: int) -> None:
         """Take ``amount`` (≥ 0) off the level, remembering how high it stood before ``ordinal``."""
-        if self.burst - self.level < self.held + self.refundable:
-            self._push_peak(ordinal, self.level)
+        top = self.level + (self.carry > 0)
+        if self.burst - top < self.held + self.refundable:
+            self._push_peak(ordinal, top)
         self.level -= amount
 
     def grow(self, ordinal: int, more: int) -> None:
@@ -155,7 +156,7 @@ class Bucket(msgspec.Struct, array_like=True):
 
     def credit(self, since: int, amount: int) -> int:
         """How much of a refund of ``amount``, for a hold granted at ordinal ``since``, may raise the level."""
-        peak = self.level
+        peak = self.level + (self.carry > 0)
         first = bisect_right(self.peaks, since, key=_first)
         if first < len(self.peaks):
             peak = max(peak, self.peaks[first][1] + self.lift)

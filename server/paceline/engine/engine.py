@@ -80,8 +80,8 @@ class Engine:
         return Step(books.now, answers, books.events, self._wake_at())
 
     def waiting(self) -> dict[str, int]:
-        """Number of waiters by pool."""
-        return self._reserving.waiting()
+        """Number of waiters by pool; one that waits for several pools counts in each."""
+        return {pool: len(line) for pool, line in self._reserving.waiting.lines.items()}
 
     def _wake_at(self) -> int | None:
         times = [at for at in (self._reserving.wake_at(), self._settling.wake_at()) if at is not None]

@@ -1,12 +1,14 @@
 """Who is next. The seam of the queue discipline: today first come, first served.
 
 A discipline keeps the waiters of one pool in the order of their turns. It knows nothing of levels: the engine asks for
-the head, and serves or leaves it.
+the heads, and serves or leaves them. Waiters of different shares stand in lanes of their own, so that those whom only
+the cap of their own share stops do not stop the others.
 """
 
 from __future__ import annotations
 
 from collections import deque
+from collections.abc import Collection
 
 from paceline.engine.accounting import Sizes
 from paceline.engine.operations import Reserve
@@ -37,54 +39,85 @@ class Option:
 
 
 class Waiter:
-    """A Reserve that waits in the queues of all its options; ``tickets`` are all callers that sent it."""
+    """A Reserve that waits in the lines of all its options; ``tickets`` are all callers that sent it."""
 
-    __slots__ = ("operation", "options", "since", "tickets", "waiting")
+    __slots__ = ("operation", "options", "serial", "since", "tickets", "waiting")
 
-    def __init__(self, operation: Reserve, options: tuple[Option, ...], ticket: int, since: int) -> None:
+    def __init__(self, operation: Reserve, options: tuple[Option, ...], ticket: int, since: int, serial: int) -> None:
         self.operation = operation
         self.options = options
         self.tickets = [ticket]
         self.since = since
+        self.serial = serial
         self.waiting = True
 
 
-class FirstComeFirstServed:
-    """The waiters of one pool. Those that left are dropped when they come to the head."""
+Shares = tuple[str, ...]
+
+
+class _Lane:
+    """Waiters of one path of shares, in the order of arrival. Those that left are dropped at the head."""
+
+    __slots__ = ("line", "size", "wanted")
 
     def __init__(self) -> None:
-        self._line: deque[tuple[Waiter, Option]] = deque()
-        self._ahead: dict[int, int] = {}
-        self._size = 0
-
-    def __len__(self) -> int:
-        return self._size
-
-    def push(self, waiter: Waiter, option: Option) -> None:
-        self._line.append((waiter, option))
-        self._size += 1
-        for number, hold in zip(option.buckets, option.holds, strict=True):
-            self._ahead[number] = self._ahead.get(number, 0) + hold
+        self.line: deque[tuple[Waiter, Option]] = deque()
+        self.wanted: dict[int, int] = {}
+        self.size = 0
 
     def head(self) -> tuple[Waiter, Option] | None:
-        """Whose turn it is."""
-        line = self._line
+        line = self.line
         while line:
             if line[0][1].open:
                 return line[0]
             line.popleft()
         return None
 
-    def left(self, option: Option) -> None:
-        """An option of this queue was served, denied or withdrawn."""
-        option.open = False
-        self._size -= 1
-        for number, hold in zip(option.buckets, option.holds, strict=True):
-            self._ahead[number] -= hold
-        if not self._size:
-            self._line.clear()
-            self._ahead.clear()
 
-    def ahead(self, number: int) -> int:
-        """What all that wait want of the bucket ``number``."""
-        return self._ahead.get(number, 0)
+class FirstComeFirstServed:
+    """The waiters of one pool."""
+
+    def __init__(self) -> None:
+        self._lanes: dict[Shares, _Lane] = {}
+        self._size = 0
+
+    def __len__(self) -> int:
+        return self._size
+
+    def push(self, waiter: Waiter, option: Option) -> None:
+        """Stand behind all that came before."""
+        lane = self._lanes.get(option.shares)
+        if lane is None:
+            lane = self._lanes[option.shares] = _Lane()
+        lane.line.append((waiter, option))
+        lane.size += 1
+        self._size += 1
+        for number, hold in zip(option.buckets, option.holds, strict=True):
+            lane.wanted[number] = lane.wanted.get(number, 0) + hold
+
+    def left(self, option: Option) -> None:
+        """An option was served, denied or withdrawn."""
+        option.open = False
+        lane = self._lanes[option.shares]
+        lane.size -= 1
+        self._size -= 1
+        if not lane.size:
+            del self._lanes[option.shares]
+            return
+        for number, hold in zip(option.buckets, option.holds, strict=True):
+            lane.wanted[number] -= hold
+
+    def heads(self) -> list[tuple[Waiter, Option]]:
+        """The first of each lane, in the order of arrival."""
+        heads = [head for lane in self._lanes.values() if (head := lane.head()) is not None]
+        if len(heads) > 1:
+            heads.sort(key=lambda head: head[0].serial)
+        return heads
+
+    def waits(self, shares: Shares) -> bool:
+        """Whether anybody of these shares waits."""
+        return shares in self._lanes
+
+    def wanted(self, number: int, besides: Collection[Shares] = ()) -> int:
+        """What all that wait want of the bucket ``number``, besides these lanes."""
+        return sum(lane.wanted.get(number, 0) for shares, lane in self._lanes.items() if shares not in besides)

@@ -85,11 +85,12 @@ class Recipe:
         return tuple(overs)
 
     def charges(
-        self, usage: Usage | None, prices: Prices, holds: tuple[int, ...], final: bool
+        self, usage: Usage | None, prices: Prices, holds: tuple[int, ...], most_output: int | None
     ) -> tuple[tuple[int, ...], tuple[int, ...]]:
         """What stands when the call has ended, and by how much upstream's count may have exceeded it at some time.
 
-        Without usage what was held stands, but for gauges.
+        Without usage what was held stands, but for gauges. ``most_output`` is what the call may have produced (tokens),
+        ``None`` if its usage is final.
         """
         charges, overs = [], []
         for place, kind in enumerate(self._kinds):
@@ -103,8 +104,10 @@ class Recipe:
                 charge = prices.cost(usage)
             else:
                 charge = self._rules[place].settle(usage, hold)
-            if kind is Kind.ESTIMATED or (kind is Kind.OUTPUT and not final):
+            if kind is Kind.ESTIMATED:
                 over = -(-charge * self._slack // WEIGHT_ONE)
+            elif kind is Kind.OUTPUT and most_output is not None:
+                over = max(0, -(-self._rules[place].settle_output * most_output // WEIGHT_ONE) - charge)
             charges.append(charge)
             overs.append(over)
         return tuple(charges), tuple(overs)

@@ -6,8 +6,6 @@ first turn. One that cannot have its turn in time is denied at once, with the ti
 
 from __future__ import annotations
 
-from heapq import heappop, heappush
-
 from paceline.engine import admission
 from paceline.engine import answers as an
 from paceline.engine import events as ev
@@ -17,10 +15,11 @@ from paceline.engine.answers import Answer, Reason
 from paceline.engine.books import Books
 from paceline.engine.keys import child_keys
 from paceline.engine.operations import Mode
-from paceline.engine.queue import FirstComeFirstServed, Option, Waiter
+from paceline.engine.queue import Option, Waiter
 from paceline.engine.state import EndKind
 from paceline.engine.stats import Stats
 from paceline.engine.teaching import Teacher
+from paceline.engine.waiting import Waiting
 
 NOTHING_TOUCHED = an.Touched(None, ())
 
@@ -32,11 +31,7 @@ class Reserving:
         self._books = books
         self._teacher = teacher
         self._stats = stats
-        self._queues: dict[str, FirstComeFirstServed] = {}
-        self._waiting: dict[str, Waiter] = {}
-        self._waiting_of: dict[str, int] = {}
-        self._deadlines: list[tuple[int, int, Waiter, int]] = []
-        self._serial = 0
+        self.waiting = Waiting(books.caps)
         self.answers: list[tuple[int, Answer]] = []
         self.granted: list[tuple[int, str]] = []
         """(expiry, key) of what this step granted."""
@@ -45,14 +40,6 @@ class Reserving:
         """Start a step."""
         self.answers = answers
         self.granted = []
-
-    def waits(self, key: str) -> bool:
-        """Whether a Reserve of this key waits."""
-        return key in self._waiting
-
-    def waiting(self) -> dict[str, int]:
-        """Number of waiters by pool (one that waits for several pools counts in each)."""
-        return {pool: len(queue) for pool, queue in self._queues.items()}
 
     # -- a Reserve ----------------------------------------------------------------------------------------------
 
@@ -95,11 +82,11 @@ class Reserving:
             self._grant(operation, option, [ticket], 0, _would(operation, verdict))
         elif verdict.final or operation.max_wait_us <= 0 or verdict.hope_us > operation.max_wait_us:
             self._deny(ticket, verdict.reason, option, verdict)
-        elif self._is_full(operation.tenant):
+        elif self.waiting.is_full(operation.tenant):
             self._deny(ticket, Reason.QUEUE_FULL, option, verdict)
         else:
             possible = [one for one, found in zip(options, verdicts, strict=True) if not found.final]
-            self._enqueue(ticket, operation, tuple(possible))
+            self.waiting.add(ticket, operation, tuple(possible), self._books.now)
 
     def _seen_before(self, ticket: int, operation: op.Reserve) -> bool:
         """Answer a Reserve whose id is known: once granted, always that grant."""
@@ -113,8 +100,10 @@ class Reserving:
             self.answers.append((ticket, self._granted_before((key,), key, 1)))
         elif ended is not None:
             self.answers.append((ticket, an.Denied(Reason.RELEASED, ended.pool, None, None, NOTHING_TOUCHED)))
-        elif key in self._waiting:
-            self._join(ticket, operation, self._waiting[key])
+        elif key in self.waiting:
+            turned_away = self.waiting.join(ticket, operation, self._books.now)
+            if turned_away is not None:
+                self._refuse(turned_away, "reservation_id", "was sent again too often while it waits")
         elif operation.count > 1 and (known := self._known_children(key, operation.count)):
             # The memory of the request itself is bounded; its calls may outlive it.
             self.answers.append((ticket, self._granted_before(known, key, operation.count)))
@@ -143,13 +132,37 @@ class Reserving:
     # -- does it fit --------------------------------------------------------------------------------------------
 
     def _fits_now(self, option: Option, operation: op.Reserve) -> bool:
-        """Whether it may pass at once: nobody waits for the pool, and every dimension has room."""
+        """Whether it may pass at once: nobody is before it, and every dimension has room."""
         pool = self._books.state.pools[option.pool]
-        if pool.paused or pool.blocked_until > self._books.now or option.pool in self._queues:
+        if pool.paused or pool.blocked_until > self._books.now or not self._may_pass(option):
             return False
         if operation.count == 1:
             return admission.fits(self._books.state.buckets, option.buckets, option.holds, self._books.now)
         return self._count_that_fits(option, operation) > 0
+
+    def _may_pass(self, option: Option) -> bool:
+        """Whether all that wait for the pool are of other shares, and only their own caps stop them."""
+        line = self.waiting.lines.get(option.pool)
+        if line is None:
+            return True
+        return not line.waits(option.shares) and all(
+            self._stopped_by_share(waiter.operation, head) for waiter, head in line.heads()
+        )
+
+    def _stopped_by_share(self, operation: op.Reserve, option: Option) -> bool:
+        """Whether the pool itself has room for a waiter, but its share has not."""
+        state, now = self._books.state, self._books.now
+        if state.pools[option.pool].blocked_until > now:
+            return False
+        count = 1 if operation.partial else operation.count
+        stopped = False
+        for number, hold in zip(option.buckets, option.holds, strict=True):
+            bucket = state.buckets[number]
+            if hold and bucket.level + bucket.refill(now)[0] < admission.needed(bucket, hold, count):
+                if not bucket.share:
+                    return False
+                stopped = True
+        return stopped
 
     def _count_that_fits(self, option: Option, operation: op.Reserve) -> int:
         room = admission.room(self._books.state.buckets, option.buckets, option.holds, self._books.now)
@@ -167,11 +180,15 @@ class Reserving:
         if blocked and pool.closed:
             return Verdict(None, 0, Reason.POOL_CLOSED, None, final=True)
         count = 1 if operation.partial else operation.count
-        queue = self._queues.get(option.pool)
+        line = self.waiting.lines.get(option.pool)
+        aside: set[tuple[str, ...]] = set()
+        if line is not None:
+            heads = [head for head in line.heads() if head[1].shares != option.shares]
+            aside = {head.shares for waiter, head in heads if self._stopped_by_share(waiter.operation, head)}
         verdicts = [Verdict(blocked, blocked, Reason.BLOCKED, None)]
         for number, hold in zip(option.buckets, option.holds, strict=True):
             self._teacher.lapse(number, now)
-            ahead = queue.ahead(number) if queue is not None else 0
+            ahead = line.wanted(number, aside) if line is not None else 0
             verdicts.append(admission.judge(state.buckets[number], hold, count, ahead, now))
         return admission.worst(verdicts)
 
@@ -244,87 +261,39 @@ class Reserving:
     def _refuse(self, ticket: int, field: str, message: str) -> None:
         self.answers.append((ticket, an.Invalid(field, message)))
 
-    # -- waiting ------------------------------------------------------------------------------------------------
-
-    def _is_full(self, tenant: str) -> bool:
-        caps = self._books.caps
-        return len(self._waiting) >= caps.waiters or self._waiting_of.get(tenant, 0) >= caps.waiters_per_tenant
-
-    def _enqueue(self, ticket: int, operation: op.Reserve, options: tuple[Option, ...]) -> None:
-        now = self._books.now
-        waiter = Waiter(operation, options, ticket, now)
-        self._waiting[operation.key] = waiter
-        self._waiting_of[operation.tenant] = self._waiting_of.get(operation.tenant, 0) + 1
-        for option in options:
-            self._queues.setdefault(option.pool, FirstComeFirstServed()).push(waiter, option)
-        self._watch(waiter, ticket, now + operation.max_wait_us)
-
-    def _join(self, ticket: int, operation: op.Reserve, waiter: Waiter) -> None:
-        """A waiting Reserve was sent again: both callers get its answer, each within its own wait."""
-        waiter.tickets.append(ticket)
-        self._watch(waiter, ticket, self._books.now + max(0, operation.max_wait_us))
-        if len(waiter.tickets) > self._books.caps.tickets_per_waiter:
-            self._refuse(waiter.tickets.pop(0), "reservation_id", "was sent again too often while it waits")
-
-    def _watch(self, waiter: Waiter, ticket: int, deadline: int) -> None:
-        self._serial += 1
-        heappush(self._deadlines, (deadline, self._serial, waiter, ticket))
-
-    def _leave(self, waiter: Waiter) -> None:
-        """Take a waiter out of all its queues."""
-        waiter.waiting = False
-        del self._waiting[waiter.operation.key]
-        tenant = waiter.operation.tenant
-        self._waiting_of[tenant] -= 1
-        if not self._waiting_of[tenant]:
-            del self._waiting_of[tenant]
-        for option in waiter.options:
-            self._leave_queue(option)
-
-    def _leave_queue(self, option: Option) -> None:
-        queue = self._queues[option.pool]
-        queue.left(option)
-        if not len(queue):
-            del self._queues[option.pool]
+    # -- turns --------------------------------------------------------------------------------------------------
 
     def withdraw(self, key: str) -> None:
         """Take back a waiting Reserve; its callers are told."""
-        waiter = self._waiting[key]
+        waiter = self.waiting[key]
         option = waiter.options[0]
-        self._leave(waiter)
+        self.waiting.leave(waiter)
         touched = self._books.touched(option.buckets)
         for ticket in waiter.tickets:
             self.answers.append((ticket, an.Denied(Reason.RELEASED, option.pool, None, None, touched)))
 
     def serve(self) -> None:
         """Give their turn to all whose time has come, and deny all whose deadline has, until nothing moves."""
-        moved = True
+        moved = bool(self.waiting.lines)
         while moved:
             moved = False
-            for pool in list(self._queues):
-                while (queue := self._queues.get(pool)) is not None and (head := queue.head()) is not None:
-                    if not self._serve_head(*head):
-                        break
+            for pool in list(self.waiting.lines):
+                while self._serve_one(pool):
                     moved = True
             moved = self._time_out() or moved
 
-    def _time_out(self) -> bool:
-        """Deny callers whose deadline has come; whether a waiter left its queues by that."""
-        now, left = self._books.now, False
-        deadlines = self._deadlines
-        while deadlines and (deadlines[0][0] <= now or not deadlines[0][2].waiting):
-            _, _, waiter, ticket = heappop(deadlines)
-            if waiter.waiting and ticket in waiter.tickets:
-                waiter.tickets.remove(ticket)
-                if not waiter.tickets:
-                    self._leave(waiter)
-                    left = True
-                verdict = self._judge(waiter.options[0], waiter.operation)
-                self._deny(ticket, Reason.TIMEOUT, waiter.options[0], verdict)
-        return left
+    def _serve_one(self, pool: str) -> bool:
+        """Grant or deny the first of a line whose turn it is; false if nobody's is."""
+        line = self.waiting.lines.get(pool)
+        for waiter, option in line.heads() if line is not None else ():
+            if self._serve_head(waiter, option):
+                return True
+            if not self._stopped_by_share(waiter.operation, option):
+                return False
+        return False
 
     def _serve_head(self, waiter: Waiter, option: Option) -> bool:
-        """Grant or deny the head of a queue; false: it waits on."""
+        """Grant or deny the head of a lane; false: it waits on."""
         state, now, operation = self._books.state, self._books.now, waiter.operation
         pool = state.pools[option.pool]
         if pool.blocked_until > now and not pool.closed and not pool.paused:
@@ -337,43 +306,48 @@ class Reserving:
         if hopeless or pool.paused or pool.blocked_until > now:
             self._drop(waiter, option)
             return True
-        if self._observing(option.pool, operation.tenant):
-            self._leave(waiter)
-            self._grant(operation, option, waiter.tickets, now - waiter.since, an.Would())
-            return True
-        if self._count_that_fits(option, operation) == 0:
+        would = an.Would() if self._observing(option.pool, operation.tenant) else None
+        if would is None and self._count_that_fits(option, operation) == 0:
             return False
-        self._leave(waiter)
-        self._grant(operation, option, waiter.tickets, now - waiter.since, None)
+        self.waiting.leave(waiter)
+        self._grant(operation, option, waiter.tickets, now - waiter.since, would)
         return True
 
     def _drop(self, waiter: Waiter, option: Option) -> None:
         """This option can serve the waiter no more; deny when none is left."""
         verdict = self._judge(option, waiter.operation)
-        if len(waiter.options) > 1:
-            waiter.options = tuple(other for other in waiter.options if other is not option)
-            self._leave_queue(option)
-        else:
-            self._leave(waiter)
+        if not self.waiting.drop(waiter, option):
+            self.waiting.leave(waiter)
             for ticket in waiter.tickets:
                 self._deny(ticket, verdict.reason, option, verdict)
 
+    def _time_out(self) -> bool:
+        """Deny callers whose deadline has come; whether a waiter left its lines by that."""
+        left = False
+        for waiter, ticket in self.waiting.due(self._books.now):
+            waiter.tickets.remove(ticket)
+            if not waiter.tickets:
+                self.waiting.leave(waiter)
+                left = True
+            verdict = self._judge(waiter.options[0], waiter.operation)
+            self._deny(ticket, Reason.TIMEOUT, waiter.options[0], verdict)
+        return left
+
     def wake_at(self) -> int | None:
-        """When a deadline comes or the turn of a queue's head, if nothing is given back before."""
-        times = []
-        while self._deadlines and not self._deadlines[0][2].waiting:
-            heappop(self._deadlines)
-        if self._deadlines:
-            times.append(self._deadlines[0][0])
-        for queue in self._queues.values():
-            head = queue.head()
-            if head is not None:
-                turn = self._turn(*head)
+        """When a deadline comes or somebody's turn, if nothing is given back before."""
+        deadline = self.waiting.next_deadline()
+        times = [] if deadline is None else [deadline]
+        for line in self.waiting.lines.values():
+            for waiter, option in line.heads():
+                turn = self._turn(waiter, option)
                 if turn is not None:
                     times.append(turn)
+                if not self._stopped_by_share(waiter.operation, option):
+                    break
         return min(times, default=None)
 
     def _turn(self, waiter: Waiter, option: Option) -> int | None:
+        """When the levels will have risen enough; ``None``: no time can be said."""
         state, now = self._books.state, self._books.now
         count = 1 if waiter.operation.partial else waiter.operation.count
         turn = state.pools[option.pool].blocked_until

@@ -6,7 +6,7 @@ it never adds a second charge.
 
 from __future__ import annotations
 
-from heapq import heappop, heappush
+from heapq import heapify, heappop, heappush
 from itertools import islice
 
 import msgspec
@@ -25,6 +25,8 @@ from paceline.engine.state import Ended, EndKind, Reservation
 from paceline.engine.stats import Stats
 from paceline.engine.teaching import UNKNOWN_CALL, Call, Teacher
 
+_SPARE = 4_096
+"""Expiries of ended reservations, kept beyond as many as are open, before they are swept."""
 _NO_ANSWER = op.Outcome(Disposition.NO_RESPONSE)
 
 
@@ -48,13 +50,15 @@ class Settling:
         self._reserving = reserving
         self._teacher = teacher
         self._stats = stats
-        self._expiries: list[tuple[int, str]] = []
-        for reservation in books.state.open.values():
-            heappush(self._expiries, (reservation.expires_at, reservation.key))
+        self._expiries = [(one.expires_at, one.key) for one in books.state.open.values()]
+        heapify(self._expiries)
 
     def watch(self, expires_at: int, key: str) -> None:
-        """A reservation was opened."""
+        """A reservation was opened, or its expiry moved."""
         heappush(self._expiries, (expires_at, key))
+        if len(self._expiries) > 2 * len(self._books.state.open) + _SPARE:
+            self._expiries = [(one.expires_at, one.key) for one in self._books.state.open.values()]
+            heapify(self._expiries)
 
     # -- Commit -------------------------------------------------------------------------------------------------
 
@@ -64,7 +68,7 @@ class Settling:
         reservation = state.open.get(operation.key)
         if reservation is not None:
             return self._commit_open(reservation, operation.outcome)
-        if self._reserving.waits(operation.key):
+        if operation.key in self._reserving.waiting:
             return an.Invalid("reservation_id", "still waits: there is no grant to commit; release it instead")
         ended = state.ended.get(operation.key)
         if ended is not None and (ended.granted_at is not None or operation.context is None):
@@ -77,9 +81,6 @@ class Settling:
     def _commit_open(self, reservation: Reservation, outcome: op.Outcome) -> Answer:
         books = self._books
         numbers = reservation.buckets
-        if outcome.disposition is Disposition.NOT_SENT:
-            self._release_open(reservation)
-            return an.Committed(books.recipe(reservation.pool, numbers).by_dimension((0,) * len(numbers)))
         charged = self._charge_reservation(reservation, outcome)
         forfeits = self._forfeits(numbers, reservation.holds, charged.amounts, reservation.ordinal)
         books.emit(ev.Settled(reservation.key, charged.amounts, forfeits, charged.overs, charged.cost))
@@ -166,7 +167,7 @@ class Settling:
             ended = books.state.ended.get(operation.key)
             if ended is not None:
                 return self._again(ended)
-            if operation.key in books.state.open or self._reserving.waits(operation.key):
+            if operation.key in books.state.open or operation.key in self._reserving.waiting:
                 return an.Invalid("observation_id", "is the id of a reservation")
         pool = books.state.pools.get(candidate.pool)
         if pool is None:
@@ -236,7 +237,10 @@ class Settling:
             refused_counts = books.state.pools[pool].profile.refused_counts
             usage = _unreported(sizes, output_tokens, outcome, refused_counts)
         recipe = books.recipe(pool, numbers)
-        amounts, overs = recipe.charges(usage, prices, holds, outcome.usage_kind is UsageKind.FINAL)
+        most = None
+        if outcome.usage_kind is not UsageKind.FINAL:
+            most = books.state.pools[pool].profile.max_output_tokens if sizes is None else sizes.max_output_tokens
+        amounts, overs = recipe.charges(usage, prices, holds, most)
         return Charged(recipe.by_dimension(amounts), amounts, overs, amounts[recipe.spend])
 
     def _forfeits(
@@ -272,7 +276,7 @@ class Settling:
         if reservation is not None:
             self._release_open(reservation)
             return an.Released(released=True)
-        if self._reserving.waits(key):
+        if key in self._reserving.waiting:
             self._reserving.withdraw(key)
             self._books.emit(ev.Tombstoned(key))
             return an.Released(released=True)
@@ -366,14 +370,14 @@ class Settling:
                 books.advance(number)
             books.emit(ev.Renewed(operation.key, expires_at, output, holds, overs))
             if expires_at != reservation.expires_at:
-                heappush(self._expiries, (expires_at, operation.key))
+                self.watch(expires_at, operation.key)
         call = Call(reservation.granted_at, reservation.buckets, holds)
         self._teacher.observe(reservation.pool, operation.observation, books.now, call, call)
         return an.Renewed(expires_at - books.now)
 
     def _renew_ended(self, operation: op.Renew) -> Answer:
         state, context = self._books.state, operation.context
-        if self._reserving.waits(operation.key):
+        if operation.key in self._reserving.waiting:
             return an.Invalid("reservation_id", "still waits: there is no grant to renew")
         ended = state.ended.get(operation.key)
         if ended is not None and ended.kind is EndKind.TOGETHER:

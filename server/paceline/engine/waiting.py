@@ -1,0 +1,104 @@
+"""Those that wait: in the lines of their pools, each until its deadline. Soft state: it dies with its process."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from heapq import heapify, heappop, heappush
+
+from paceline.engine.books import Caps
+from paceline.engine.operations import Reserve
+from paceline.engine.queue import FirstComeFirstServed, Option, Waiter
+
+_SPARE = 1_024
+"""Deadlines of waiters that left, kept beyond as many as wait, before they are swept."""
+
+
+class Waiting:
+    """The waiters of one ledger."""
+
+    def __init__(self, caps: Caps) -> None:
+        self.lines: dict[str, FirstComeFirstServed] = {}
+        """The lines that are not empty, by pool."""
+        self._caps = caps
+        self._waiters: dict[str, Waiter] = {}
+        self._of_tenant: dict[str, int] = {}
+        self._deadlines: list[tuple[int, int, int, Waiter]] = []
+        self._serial = 0
+
+    def __contains__(self, key: str) -> bool:
+        return key in self._waiters
+
+    def __getitem__(self, key: str) -> Waiter:
+        return self._waiters[key]
+
+    def is_full(self, tenant: str) -> bool:
+        """Whether nobody more of this tenant may wait."""
+        of_tenant = self._of_tenant.get(tenant, 0)
+        return len(self._waiters) >= self._caps.waiters or of_tenant >= self._caps.waiters_per_tenant
+
+    def add(self, ticket: int, operation: Reserve, options: tuple[Option, ...], now: int) -> None:
+        """Let a Reserve wait, for at most its ``max_wait_us``."""
+        self._serial += 1
+        waiter = Waiter(operation, options, ticket, now, self._serial)
+        self._waiters[operation.key] = waiter
+        self._of_tenant[operation.tenant] = self._of_tenant.get(operation.tenant, 0) + 1
+        for option in options:
+            self.lines.setdefault(option.pool, FirstComeFirstServed()).push(waiter, option)
+        self._watch(waiter, ticket, now + operation.max_wait_us)
+
+    def join(self, ticket: int, operation: Reserve, now: int) -> int | None:
+        """A waiting Reserve was sent again: both callers get its answer, each within its own wait.
+
+        Returns a ticket to turn away if there are too many.
+        """
+        waiter = self._waiters[operation.key]
+        waiter.tickets.append(ticket)
+        self._watch(waiter, ticket, now + max(0, operation.max_wait_us))
+        return waiter.tickets.pop(0) if len(waiter.tickets) > self._caps.tickets_per_waiter else None
+
+    def leave(self, waiter: Waiter) -> None:
+        """Take a waiter out of all its lines."""
+        waiter.waiting = False
+        del self._waiters[waiter.operation.key]
+        tenant = waiter.operation.tenant
+        self._of_tenant[tenant] -= 1
+        if not self._of_tenant[tenant]:
+            del self._of_tenant[tenant]
+        for option in waiter.options:
+            self._leave_line(option)
+
+    def drop(self, waiter: Waiter, option: Option) -> bool:
+        """Take a waiter out of one of its lines; false if it is its last."""
+        if len(waiter.options) == 1:
+            return False
+        waiter.options = tuple(other for other in waiter.options if other is not option)
+        self._leave_line(option)
+        return True
+
+    def due(self, now: int) -> Iterator[tuple[Waiter, int]]:
+        """Waiters and tickets whose deadline has come; each is handed out once."""
+        deadlines = self._deadlines
+        while deadlines and (deadlines[0][0] <= now or not deadlines[0][3].waiting):
+            _, _, ticket, waiter = heappop(deadlines)
+            if waiter.waiting and ticket in waiter.tickets:
+                yield waiter, ticket
+
+    def next_deadline(self) -> int | None:
+        """The next deadline of one that still waits."""
+        deadlines = self._deadlines
+        while deadlines and not deadlines[0][3].waiting:
+            heappop(deadlines)
+        return deadlines[0][0] if deadlines else None
+
+    def _leave_line(self, option: Option) -> None:
+        line = self.lines[option.pool]
+        line.left(option)
+        if not len(line):
+            del self.lines[option.pool]
+
+    def _watch(self, waiter: Waiter, ticket: int, deadline: int) -> None:
+        self._serial += 1
+        heappush(self._deadlines, (deadline, self._serial, ticket, waiter))
+        if len(self._deadlines) > 2 * self._caps.tickets_per_waiter * len(self._waiters) + _SPARE:
+            self._deadlines = [entry for entry in self._deadlines if entry[3].waiting]
+            heapify(self._deadlines)
