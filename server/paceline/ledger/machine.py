@@ -1,0 +1,80 @@
+"""What an owner runs: the engine and its state, seen from outside, so that tests can script another one."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+from typing import Any, Protocol
+
+from paceline.engine import events
+from paceline.engine.answers import Answer
+from paceline.engine.engine import Caps, Engine
+from paceline.engine.operations import Operation
+from paceline.engine.state import State
+
+
+class Books(Protocol):
+    """The fold of events."""
+
+    def apply(self, event: Any, /) -> None:
+        """Fold one event; raises if it does not fit."""
+        ...
+
+    def dump(self) -> Iterator[bytes]:
+        """The state in chunks, each about a millisecond's work, as it is when the first is taken."""
+        ...
+
+
+class Decision(Protocol):
+    """What one step decided: see :class:`paceline.engine.engine.Step`."""
+
+    @property
+    def at(self) -> int: ...
+    @property
+    def answers(self) -> list[tuple[int, Answer]]: ...
+    @property
+    def events(self) -> list[Any]: ...
+    @property
+    def wake_at(self) -> int | None: ...
+
+
+class Decider(Protocol):
+    """Decides batches, and has folded what it decided into its books when it returns."""
+
+    def step(self, now: int, operations: Sequence[tuple[int, Operation]], /) -> Decision: ...
+
+
+class Machine(Protocol):
+    """Makes books and deciders, and knows the journal's form of events."""
+
+    def empty(self, ledger: str) -> Books: ...
+    def restore(self, ledger: str, chunks: Iterable[bytes]) -> Books:
+        """Books from what :meth:`Books.dump` gave; raises if that cannot be."""
+        ...
+
+    def decider(self, ledger: str, books: Any) -> Decider:
+        """A decider over books of this machine, with nobody waiting."""
+        ...
+
+    def encode(self, events: Sequence[Any], /) -> bytes: ...
+    def decode(self, data: bytes, /) -> Sequence[Any]: ...
+
+
+class EngineMachine:
+    """The real engine."""
+
+    def __init__(self, caps: Caps | None = None) -> None:
+        self._caps = Caps() if caps is None else caps
+        self.encode = events.encode
+        self.decode = events.decode
+
+    def empty(self, ledger: str) -> State:
+        return State(ledger)
+
+    def restore(self, ledger: str, chunks: Iterable[bytes]) -> State:
+        state = State.restore(chunks)
+        if state.ledger != ledger:
+            raise ValueError("the snapshot is of another ledger")
+        return state
+
+    def decider(self, ledger: str, books: State) -> Engine:
+        return Engine(ledger, books, self._caps)
