@@ -25,7 +25,7 @@ from paceline.frontend.replies import Replies
 from paceline.frontend.requests import Requests
 from paceline.frontend.routing import Router
 from paceline.frontend.session import Context as RpcContext
-from paceline.frontend.session import Session, SessionCaps
+from paceline.frontend.session import Session, SessionCaps, Tally
 from paceline.ledger.memory import MemoryStore
 from paceline.ledger.owner import LedgerError, Owner
 from paceline.providers.headers import ALLOWED_HEADERS, parse
@@ -157,7 +157,7 @@ class Rig:
         desk = Desk(Requests(places, signer, parse, ALLOWED_HEADERS), Replies(signer, lambda *_: list(layout)), router)
         caller = Caller(Identity("bench"), "bench/1")
         fallback = Fallback(lambda: time.monotonic_ns() // 1_000)
-        self.session = Session(desk, caller, SessionCaps(), fallback, cast(RpcContext, None))
+        self.session = Session(desk, caller, SessionCaps(), fallback, cast(RpcContext, None), Tally())
         self.desk = desk
 
     def run(self, raw: bytes) -> tuple[float, float, bytes]:

@@ -32,7 +32,7 @@ class Running(NamedTuple):
 @contextlib.contextmanager
 def server(store: str, config: Path | None = None, core: int | None = None) -> Iterator[Running]:
     """Run ``paceline serve``; it is stopped at the end. ``core`` pins it there."""
-    command = [sys.executable, "-m", "paceline.cli", "serve", "--listen", "127.0.0.1:0", "--store", store]
+    command = [sys.executable, "-m", "paceline", "serve", "--listen", "127.0.0.1:0", "--store", store]
     if config is not None:
         command += ["--config", str(config)]
     child = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env={**os.environ, "PYTHONUNBUFFERED": "1"})

@@ -20,9 +20,9 @@ import uuid
 from pathlib import Path
 
 import grpc
-from paceline_client.stubs import v1 as pb
 
 from bench.server_process import Running, server
+from paceline_client.stubs import v1 as pb
 
 CONFIG = """
 accounts:
@@ -61,7 +61,7 @@ class Load:
 
     async def run(self, seconds: float, windows: int) -> None:
         await self._call.write(pb.SessionRequest(hello=pb.Hello(protocol_version=1, language="bench")))
-        welcome = await self._call.read()
+        welcome = await self._read()
         assert welcome.HasField("welcome"), welcome
         ids: dict[int, str] = {}
         for _ in range(windows):
@@ -70,7 +70,7 @@ class Load:
         open_items = windows * self._items
         pending: list[pb.RequestItem] = []
         while open_items:
-            answer = await self._call.read()
+            answer = await self._read()
             for item in answer.batch.items:
                 result = item.WhichOneof("result")
                 open_items -= 1
@@ -102,6 +102,11 @@ class Load:
                 open_items += self._items
         await self._call.done_writing()
         await self._channel.close()
+
+    async def _read(self) -> pb.SessionResponse:
+        message = await self._call.read()
+        assert isinstance(message, pb.SessionResponse), "the server ended the session"
+        return message
 
     def _reserves(self, ids: dict[int, str]) -> pb.SessionRequest:
         items = []
@@ -161,7 +166,7 @@ def main() -> None:
     cpu = [cost for _, cost, _ in rounds]
     print(
         f"median {statistics.median(rates):,.0f} pairs/s ({min(rates):,.0f} to {max(rates):,.0f}); "
-        f"{statistics.median(cpu):.1f} µs of server CPU a pair = {1e6 / statistics.median(cpu):,.0f} pairs per CPU-second"
+        f"{statistics.median(cpu):.1f} µs of server CPU a pair, {1e6 / statistics.median(cpu):,.0f} pairs a CPU-second"
     )
 
 

@@ -119,6 +119,15 @@ class Prices(msgspec.Struct, frozen=True, array_like=True):
         )
         return -(-total // TOKENS_PER_PRICE)
 
+    def expected_cost(self, sizes: Sizes) -> int:
+        """The cost of a call of these sizes in nano-dollars, rounded up."""
+        total = (
+            self.input_tokens * sizes.input_tokens
+            + self.cache_read_tokens * sizes.cached_input_tokens
+            + self.output_tokens * sizes.output_tokens
+        )
+        return -(-total // TOKENS_PER_PRICE)
+
 
 class Profile(msgspec.Struct, frozen=True, array_like=True):
     """One provider's counting, with the sizes assumed for what a caller leaves out.
@@ -138,16 +147,22 @@ class Profile(msgspec.Struct, frozen=True, array_like=True):
 
     def fill(self, estimate: Estimate) -> Sizes:
         """Fill the gaps of an estimate with this profile's defaults. Zero is not a gap."""
-        cap = self.max_output_tokens if estimate.max_output_tokens is None else estimate.max_output_tokens
-        output = estimate.output_tokens
+        requests, uncached, output, cap = (
+            estimate.requests,
+            estimate.input_tokens,
+            estimate.output_tokens,
+            estimate.max_output_tokens,
+        )
+        if cap is None:
+            cap = self.max_output_tokens
         if output is None:
             output = min(self.default_output_tokens, cap)
         return Sizes(
-            requests=1 if estimate.requests is None else estimate.requests,
-            input_tokens=self.default_input_tokens if estimate.input_tokens is None else estimate.input_tokens,
-            cached_input_tokens=estimate.cached_input_tokens or 0,
-            output_tokens=output,
-            max_output_tokens=max(cap, output),
+            1 if requests is None else requests,
+            self.default_input_tokens if uncached is None else uncached,
+            estimate.cached_input_tokens or 0,
+            output,
+            cap if cap > output else output,
         )
 
 

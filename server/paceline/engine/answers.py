@@ -43,11 +43,14 @@ class DimensionState(msgspec.Struct, frozen=True, array_like=True):
     held: int
 
 
-class Touched(msgspec.Struct, frozen=True, array_like=True):
-    """The dimensions that a decision touched, and the one that binds (least left, relative to its limit)."""
+class Touched(msgspec.Struct, array_like=True):
+    """The dimensions that a decision touched, and the one that binds (least left, relative to its limit).
 
-    binding: Dimension | None
-    dimensions: tuple[DimensionState, ...]
+    One object serves all answers of a step that touched the same; it is filled when the step ends.
+    """
+
+    binding: Dimension | None = None
+    dimensions: tuple[DimensionState, ...] = ()
 
 
 class Would(msgspec.Struct, frozen=True, array_like=True):
@@ -64,7 +67,7 @@ class Granted(msgspec.Struct, frozen=True, tag=True):
     candidate_index: int
     expires_in_us: int
     waited_us: int
-    max_output_tokens: int
+    max_output_tokens: int | None
     context: Context
     touched: Touched
     would: Would | None = None
@@ -122,10 +125,14 @@ class Done(msgspec.Struct, frozen=True, tag=True):
 
 
 class Invalid(msgspec.Struct, frozen=True, tag=True):
-    """The operation makes no sense in this state; the books are as before. ``field`` names the culprit."""
+    """The operation makes no sense in this state; the books are as before. ``field`` names the culprit.
+
+    ``full``: it would, but the ledger has no place for more.
+    """
 
     field: str
     message: str
+    full: bool = False
 
 
 Answer = Granted | Denied | Committed | Released | Renewed | Done | Invalid

@@ -78,6 +78,13 @@ class Books:
             self.emit(ev.Advanced(number, refilled, carry))
         return bucket
 
+    def advance_all(self, numbers: tuple[int, ...]) -> None:
+        """Bring these buckets to the present."""
+        buckets, now = self.state.buckets, self.now
+        for number in numbers:
+            if buckets[number].at < now:
+                self.advance(number)
+
     # -- what a call touches -------------------------------------------------------------------------------------
 
     def defined(self) -> None:
@@ -178,13 +185,18 @@ class Books:
         )
 
     def touched(self, numbers: tuple[int, ...]) -> an.Touched:
-        """The state of these buckets now; one object per step and set of buckets."""
+        """The state of these buckets at the end of the step."""
         touched = self._touched.get(numbers)
         if touched is None:
-            touched = self._touched[numbers] = self._touch(numbers)
+            touched = self._touched[numbers] = an.Touched()
         return touched
 
-    def _touch(self, numbers: tuple[int, ...]) -> an.Touched:
+    def finish(self) -> None:
+        """End a step: fill in what the answers say of the buckets."""
+        for numbers, touched in self._touched.items():
+            self._fill(touched, numbers)
+
+    def _fill(self, touched: an.Touched, numbers: tuple[int, ...]) -> None:
         binding: Dimension | None = None
         least = 0.0
         states = []
@@ -206,4 +218,4 @@ class Books:
             left = level / bucket.burst if bucket.burst else 0.0
             if binding is None or left < least:
                 binding, least = bucket.dimension, left
-        return an.Touched(binding, tuple(states))
+        touched.binding, touched.dimensions = binding, tuple(states)

@@ -9,26 +9,35 @@ Two columns of sums prove it: ``level = refilled - charged + adjusted`` and
 
 **A refund never credits the same seconds twice.** Had a refunded amount never been held, the bucket would have been
 fuller all along, and would have stopped refilling at its burst earlier. So of a refund only ``burst - highest level
-since the grant`` is credited; the rest is taken off ``refilled``. The highest level since any grant comes from
-``peaks``, a stack of decreasing levels: each lowering pushes the level before it, which hides all smaller ones. A
-credit rewrites that history, and lifts the peaks since its grant. A peak with a carry counts as the next whole unit. While the level is so low that everything that may
-yet be refunded fits under the burst, no peak can matter and none is kept: under load the stack stays empty.
+since the grant`` is credited; the rest is taken off ``refilled``. A credit rewrites that history, and raises the peaks
+since its grant. While the level is so low that everything that may yet be refunded fits under the burst, no peak can
+matter and none is kept: under load there are none.
 """
 
 from __future__ import annotations
 
 from bisect import bisect_right
+from enum import IntEnum
 
 import msgspec
 
 from paceline.engine.calendar import next_month
 from paceline.engine.dimensions import WINDOW_US, Dimension, Window
+from paceline.engine.peaks import Peaks
 
-MAX_PEAKS = 128
 END_SLOT_US = 250_000
 """Ends of calls are summed per slot of this length: 4 entries a second, whatever the load."""
 MAX_ENDS = 2_400
 """Ten minutes of slots."""
+
+
+class EndKind(IntEnum):
+    SETTLED = 1
+    RELEASED = 2
+    EXPIRED = 3
+    TOMBSTONE = 4
+    TOGETHER = 5
+    """A bulk request: its reservations are in ``keys``."""
 
 
 class Constraint(msgspec.Struct, array_like=True, gc=False):
@@ -76,10 +85,7 @@ class Bucket(msgspec.Struct, array_like=True):
     """Start of this month."""
     refundable: int = 0
     """Charges of expired holds that a late Commit may yet give back; ``held`` comes on top."""
-    peaks: list[tuple[int, int]] = msgspec.field(default_factory=list)
-    """(ordinal of the lowering, level before it less ``lift``): ordinals rise, levels fall."""
-    lift: int = 0
-    """Added to all peaks. A refund that lifts most of them moves this, and the others the other way."""
+    peaks: Peaks = msgspec.field(default_factory=Peaks)
     over: int = 0
     """What upstream may count of the open calls beyond their holds."""
     ends: list[tuple[int, int, int]] = msgspec.field(default_factory=list)
@@ -120,7 +126,7 @@ class Bucket(msgspec.Struct, array_like=True):
         self.carry = carry
         if self.window is Window.MONTH and now >= self.turns_at:
             # Every open hold is left out of the new month's budget, so each may come back in full.
-            self.peaks = []
+            self.peaks.clear()
             self.turned_at, self.turns_at = self.turns_at, next_month(now)
 
     def wait_us(self, level: int, carry: int, now: int) -> int | None:
@@ -142,85 +148,135 @@ class Bucket(msgspec.Struct, array_like=True):
 
     # -- amounts ------------------------------------------------------------------------------------------------
 
+    def open(self, ordinal: int, at: int, hold: int, over: int) -> None:
+        """A reservation, the ``ordinal``-th, holds ``hold``; upstream may count ``over`` beyond it."""
+        if self.burst - self.level <= self.held + self.refundable:
+            self._remember(ordinal)
+        self.level -= hold
+        self.charged += hold
+        self.held += hold
+        self.granted += hold
+        self.over += over
+        constraint = self.constraint
+        if constraint is not None and at > constraint.until:
+            constraint.after += hold
+
+    def grow(self, ordinal: int, granted_at: int, more: int, over: int) -> None:
+        """An open hold grew by ``more`` (≥ 0), and what upstream may count beyond it by ``over``."""
+        self.over += over
+        if not more:
+            return
+        # Peaks that could not matter before now may; assume the worst of them.
+        self.peaks.push(ordinal, self.burst - self.held - self.refundable)
+        self.lower(ordinal, more)
+        self.charged += more
+        self.held += more
+        self.granted += more
+        if self.constraint is not None and granted_at > self.constraint.until:
+            self.constraint.after += more
+
+    def end(self, kind: EndKind, hold: int, charge: int, over: int) -> None:
+        """A hold ended; what it is charged is the business of :meth:`recharge`."""
+        self.held -= hold
+        self.over -= over
+        if kind is EndKind.SETTLED:
+            self.settled += hold
+        elif kind is EndKind.EXPIRED:
+            self.expired += hold
+            self.refundable += charge
+        else:
+            self.released += hold
+
+    def recharge(self, since: int, newest: int, old: int, new: int, forfeit: int) -> None:
+        """Put the charge ``new`` in the place of ``old``, of a hold granted at ordinal ``since``."""
+        self.charged += new - old
+        if new > old:
+            self.lower(newest + 1, new - old)
+        elif new < old:
+            self.refilled -= forfeit
+            self.refund(since, old - new - forfeit)
+
+    def book(self, newest: int, charge: int) -> None:
+        """A call that held nothing was charged."""
+        self.lower(newest + 1, charge)
+        self.charged += charge
+        self.granted += charge
+        self.settled += charge
+
     def lower(self, ordinal: int, amount: int) -> None:
         """Take ``amount`` (≥ 0) off the level, remembering how high it stood before ``ordinal``."""
-        top = self.level + (self.carry > 0)
-        if self.burst - top < self.held + self.refundable:
-            self._push_peak(ordinal, top)
+        if self.burst - self.level <= self.held + self.refundable:
+            self._remember(ordinal)
         self.level -= amount
-
-    def grow(self, ordinal: int, more: int) -> None:
-        """An open hold grew: peaks that could not matter before now may; assume the worst of them."""
-        self._push_peak(ordinal, self.burst - self.held - self.refundable)
-        self.lower(ordinal, more)
 
     def credit(self, since: int, amount: int) -> int:
         """How much of a refund of ``amount``, for a hold granted at ordinal ``since``, may raise the level."""
-        peak = self.level + (self.carry > 0)
-        first = bisect_right(self.peaks, since, key=_first)
-        if first < len(self.peaks):
-            peak = max(peak, self.peaks[first][1] + self.lift)
-        return max(0, min(amount, self.burst - peak))
+        top = self.level + (self.carry > 0)
+        if self.peaks.levels:
+            peak = self.peaks.since(since)
+            if peak is not None and peak > top:
+                top = peak
+        return max(0, min(amount, self.burst - top))
 
     def refund(self, since: int, amount: int) -> None:
         """Raise the level by a credit, as if ``amount`` had not been held since ordinal ``since``."""
         self.level += amount
         if self.level >= self.burst:
             self.carry = 0
-        peaks = self.peaks
-        first = bisect_right(peaks, since, key=_first) if peaks else 0
-        if first == len(peaks):
-            return
-        if first <= len(peaks) // 2:
-            self.lift += amount
-            moved, by = range(first), -amount
-        else:
-            moved, by = range(first, len(peaks)), amount
-        for place in moved:
-            ordinal, level = peaks[place]
-            peaks[place] = (ordinal, level + by)
-        hidden = first
-        while hidden and peaks[hidden - 1][1] <= peaks[first][1]:
-            hidden -= 1
-        del peaks[hidden:first]
+        if self.peaks.levels:
+            self.peaks.raise_since(since, amount)
 
     def move_burst(self, burst: int) -> None:
         """Change the burst, keeping for every open hold the headroom that it has seen."""
         moved = burst - self.burst
         if moved:
-            self.lift += moved
+            self.peaks.lift += moved
             self.burst = burst
 
-    def _push_peak(self, ordinal: int, level: int) -> None:
-        peaks = self.peaks
-        level -= self.lift
-        while peaks and peaks[-1][1] <= level:
-            peaks.pop()
-        if not peaks:
-            level += self.lift
-            self.lift = 0
-        peaks.append((ordinal, level))
-        if len(peaks) > MAX_PEAKS:
-            self.peaks = _coarser(peaks)
+    def _remember(self, ordinal: int) -> None:
+        """Before a lowering: keep the level as a peak (with a carry: the next whole unit), if it can ever matter."""
+        top = self.level + (self.carry > 0)
+        if self.burst - top < self.held + self.refundable:
+            self.peaks.push(ordinal, top)
 
     # -- ends of calls, for readings -----------------------------------------------------------------------------
 
-    def note_end(self, at: int, charge: int, over: int) -> None:
+    def note_end(self, at: int, granted_at: int, held: int, charge: int, over: int) -> None:
         """Remember that a call ended at ``at`` with ``charge``, ``over`` less than upstream may have counted."""
+        if self.share or self.window is not Window.MINUTE:
+            return  # No reading ever speaks of it.
         ends = self.ends
-        total, total_over = (ends[-1][1] + charge, ends[-1][2] + over) if ends else (charge, over)
-        if ends and ends[-1][0] // END_SLOT_US == at // END_SLOT_US:
-            ends[-1] = (at, total, total_over)
+        if ends:
+            last, total, total_over = ends[-1]
+            total += charge
+            total_over += over
+            if last // END_SLOT_US == at // END_SLOT_US:
+                ends[-1] = (at, total, total_over)
+            else:
+                ends.append((at, total, total_over))
+                if len(ends) > MAX_ENDS:
+                    del ends[: MAX_ENDS // 10]
         else:
-            ends.append((at, total, total_over))
-            if len(ends) > MAX_ENDS:
-                del ends[: MAX_ENDS // 10]
+            ends.append((at, charge, over))
+        constraint = self.constraint
+        if constraint is not None:
+            constraint.ended += charge
+            constraint.ended_over += over
+            if granted_at > constraint.until:
+                constraint.after += charge - held
 
-    def amend_end(self, at: int, charge: int, over: int) -> None:
-        """A call that ended at ``at`` turned out to have cost ``charge`` more (or less) than noted."""
-        for place in range(bisect_right(self.ends, at - 1, key=_first), len(self.ends)):
+    def amend_end(self, ended_at: int, granted_at: int, charge: int, over: int) -> None:
+        """A call that ended at ``ended_at`` turned out to have cost ``charge`` more (or less) than noted."""
+        for place in range(bisect_right(self.ends, ended_at - 1, key=_first), len(self.ends)):
             last, total, total_over = self.ends[place]
             self.ends[place] = (last, total + charge, total_over + over)
+        constraint = self.constraint
+        if constraint is not None:
+            if granted_at > constraint.until:
+                constraint.after += charge
+            if ended_at >= constraint.since:
+                constraint.ended += charge
+                constraint.ended_over += over
 
     def ended_since(self, at: int) -> tuple[int, int] | None:
         """Sum of charges and of over of calls ended at ``at`` or later; ``None`` if that is forgotten.
@@ -239,15 +295,3 @@ class Bucket(msgspec.Struct, array_like=True):
 
 def _first(entry: tuple[int, ...]) -> int:
     return entry[0]
-
-
-def _coarser(peaks: list[tuple[int, int]]) -> list[tuple[int, int]]:
-    """Halve the stack, overstating levels by at most a 64th of their range (a refund then credits less)."""
-    grain = max(1, (peaks[0][1] - peaks[-1][1]) * 2 // MAX_PEAKS)
-    kept = [peaks[0]]
-    for ordinal, level in peaks[1:]:
-        if kept[-1][1] - level < grain:
-            kept[-1] = (ordinal, kept[-1][1])
-        else:
-            kept.append((ordinal, level))
-    return kept

@@ -51,9 +51,9 @@ class Definitions:
                 return an.Invalid(f"limits[{place}].dimension", "is not counted by the pool's accounting profile")
         pool = state.pools.get(name)
         if pool is None and len(state.pools) >= self._books.caps.pools:
-            return an.Invalid("pool", f"the ledger has its most pools ({self._books.caps.pools})")
+            return an.Invalid("pool", f"the ledger has its most pools ({self._books.caps.pools})", full=True)
         if len(state.buckets) + len(operation.limits) > self._books.caps.buckets:
-            return an.Invalid("pool", f"the ledger has its most limits ({self._books.caps.buckets})")
+            return an.Invalid("pool", f"the ledger has its most limits ({self._books.caps.buckets})", full=True)
         if pool is None or pool.profile != operation.profile or pool.learn is not operation.learn:
             self._books.emit(ev.PoolDefined(name, operation.profile, operation.learn))
             self._books.defined()
@@ -66,7 +66,7 @@ class Definitions:
         state = self._state
         share = state.shares.get(operation.share)
         if share is None and len(state.shares) >= self._books.caps.shares:
-            return an.Invalid("share", f"the ledger has its most shares ({self._books.caps.shares})")
+            return an.Invalid("share", f"the ledger has its most shares ({self._books.caps.shares})", full=True)
         if share is not None and share.caps == operation.caps:
             return an.Done()
         self._books.emit(ev.ShareDefined(operation.share, operation.caps))
@@ -100,7 +100,7 @@ class Definitions:
     def _modes(self, changes: Sequence[tuple[str, str, op.Mode | None]]) -> Answer:
         modes = self._state.modes
         if len(modes) + sum(mode is not None for _, _, mode in changes) > self._books.caps.modes:
-            return an.Invalid("tenant", f"the ledger has its most modes ({self._books.caps.modes})")
+            return an.Invalid("tenant", f"the ledger has its most modes ({self._books.caps.modes})", full=True)
         for pool, tenant, mode in changes:
             if modes.get((pool, tenant)) is not mode:
                 self._books.emit(ev.ModeSet(pool, tenant, mode))

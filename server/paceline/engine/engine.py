@@ -71,12 +71,15 @@ class Engine:
                 answers.append((ticket, settling.release(operation)))
             elif isinstance(operation, op.Observe):
                 answers.append((ticket, settling.observe(operation)))
+            elif isinstance(operation, op.Expire):
+                answers.append((ticket, settling.expire_now(operation)))
             else:
                 answers.append((ticket, self._definitions.define(operation)))
         reserving.serve()
         for expires_at, key in reserving.granted:
             settling.watch(expires_at, key)
         settling.forget()
+        books.finish()
         return Step(books.now, answers, books.events, self._wake_at())
 
     def waiting(self) -> dict[str, int]:

@@ -6,7 +6,7 @@ from functools import lru_cache
 from uuid import UUID, uuid5
 
 
-@lru_cache(maxsize=1_024)
+@lru_cache(maxsize=64)
 def child_keys(key: str, count: int) -> tuple[str, ...]:
     """Keys of the ``count`` calls of the bulk request ``key``: the same on every machine, distinct from each other.
 

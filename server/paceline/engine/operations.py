@@ -172,6 +172,12 @@ class Observe(msgspec.Struct, frozen=True, tag=True):
     key: str = ""
 
 
+class Expire(msgspec.Struct, frozen=True, tag=True):
+    """An operator gives up on a caller: end its hold as if its time were up. A late Commit replaces its charge."""
+
+    key: str
+
+
 class DefinePool(msgspec.Struct, frozen=True, tag=True):
     """Create a pool, or bring it to a new definition without touching what it has learned beyond that.
 
@@ -235,6 +241,7 @@ Operation = (
     | Release
     | Renew
     | Observe
+    | Expire
     | DefinePool
     | DefineShare
     | DefineSpend

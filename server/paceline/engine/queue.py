@@ -10,32 +10,25 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Collection
 
+import msgspec
+
 from paceline.engine.accounting import Sizes
 from paceline.engine.operations import Reserve
+from paceline.engine.recipe import Recipe
 
 
-class Option:
+class Option(msgspec.Struct, eq=False):
     """One candidate of a waiter: its place in the request, its pool, and what it would hold in which buckets."""
 
-    __slots__ = ("buckets", "holds", "index", "open", "pool", "shares", "sizes")
-
-    def __init__(
-        self,
-        index: int,
-        pool: str,
-        shares: tuple[str, ...],
-        buckets: tuple[int, ...],
-        holds: tuple[int, ...],
-        sizes: Sizes,
-    ) -> None:
-        self.index = index
-        self.pool = pool
-        self.shares = shares
-        self.buckets = buckets
-        self.holds = holds
-        self.sizes = sizes
-        self.open = True
-        """Whether it may still serve its waiter."""
+    index: int
+    pool: str
+    shares: tuple[str, ...]
+    buckets: tuple[int, ...]
+    holds: tuple[int, ...]
+    sizes: Sizes
+    recipe: Recipe
+    open: bool = True
+    """Whether it may still serve its waiter."""
 
 
 class Waiter:

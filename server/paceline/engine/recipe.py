@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from enum import IntEnum
 
-from paceline.engine.accounting import WEIGHT_ONE, Prices, Profile, Rule, Sizes, Usage, expected_usage
+from paceline.engine.accounting import WEIGHT_ONE, Prices, Profile, Rule, Sizes, Usage
 from paceline.engine.bucket import Bucket
 from paceline.engine.dimensions import GAUGES, Dimension
 
@@ -65,7 +65,7 @@ class Recipe:
         """What a call of these sizes holds."""
         return tuple(
             [
-                prices.cost(expected_usage(sizes)) if kind is Kind.SPEND else rule.hold(sizes)
+                prices.expected_cost(sizes) if kind is Kind.SPEND else rule.hold(sizes)
                 for kind, rule in zip(self._kinds, self._rules, strict=True)
             ]
         )

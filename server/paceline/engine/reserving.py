@@ -13,10 +13,10 @@ from paceline.engine import operations as op
 from paceline.engine.admission import Verdict
 from paceline.engine.answers import Answer, Reason
 from paceline.engine.books import Books
+from paceline.engine.bucket import EndKind
 from paceline.engine.keys import child_keys
 from paceline.engine.operations import Mode
 from paceline.engine.queue import Option, Waiter
-from paceline.engine.state import EndKind
 from paceline.engine.stats import Stats
 from paceline.engine.teaching import Teacher
 from paceline.engine.waiting import Waiting
@@ -49,7 +49,9 @@ class Reserving:
             return
         books = self._books
         if len(books.state.open) + operation.count > books.caps.open:
-            self._refuse(ticket, "reservation_id", f"the ledger has its most open reservations ({books.caps.open})")
+            self._refuse(
+                ticket, "reservation_id", f"the ledger has its most open reservations ({books.caps.open})", full=True
+            )
             return
         options: list[Option] = []
         for index, candidate in enumerate(operation.candidates):
@@ -59,11 +61,12 @@ class Reserving:
                 return
             numbers = books.plan(candidate.pool, candidate.shares)
             if numbers is None:
-                self._refuse(ticket, "tenant", f"the ledger has its most limits ({books.caps.buckets})")
+                self._refuse(ticket, "tenant", f"the ledger has its most limits ({books.caps.buckets})", full=True)
                 return
             sizes = pool.profile.fill(candidate.estimate)
-            holds = books.recipe(candidate.pool, numbers).holds(sizes, candidate.prices)
-            option = Option(index, candidate.pool, candidate.shares, numbers, holds, sizes)
+            recipe = books.recipe(candidate.pool, numbers)
+            holds = recipe.holds(sizes, candidate.prices)
+            option = Option(index, candidate.pool, candidate.shares, numbers, holds, sizes, recipe)
             if self._fits_now(option, operation):
                 would = an.Would() if self._observing(candidate.pool, operation.tenant) else None
                 self._grant(operation, option, [ticket], 0, would)
@@ -103,7 +106,7 @@ class Reserving:
         elif key in self.waiting:
             turned_away = self.waiting.join(ticket, operation, self._books.now)
             if turned_away is not None:
-                self._refuse(turned_away, "reservation_id", "was sent again too often while it waits")
+                self._refuse(turned_away, "reservation_id", "was sent again too often while it waits", full=True)
         elif operation.count > 1 and (known := self._known_children(key, operation.count)):
             # The memory of the request itself is bounded; its calls may outlive it.
             self.answers.append((ticket, self._granted_before(known, key, operation.count)))
@@ -118,16 +121,16 @@ class Reserving:
     def _granted_before(self, keys: tuple[str, ...], key: str, count: int) -> an.Granted:
         state = self._books.state
         first = keys[0]
-        index, most, expires_in = 0, 0, 0
+        index, expires_in = 0, 0
         numbers: tuple[int, ...] = ()
         reservation, ended = state.open.get(first), state.ended.get(first)
         if reservation is not None:
-            index, most, numbers = reservation.index, reservation.sizes.max_output_tokens, reservation.buckets
+            index, numbers = reservation.index, reservation.buckets
             expires_in = max(0, reservation.expires_at - self._books.now)
         elif ended is not None:
-            index, most, numbers = ended.index, ended.max_output_tokens, ended.buckets
+            index, numbers = ended.index, ended.buckets
         context = self._books.context(key, first, count)
-        return an.Granted(keys, index, expires_in, 0, most, context, self._books.touched(numbers))
+        return an.Granted(keys, index, expires_in, 0, None, context, self._books.touched(numbers))
 
     # -- does it fit --------------------------------------------------------------------------------------------
 
@@ -212,11 +215,10 @@ class Reserving:
             # Observing grants all that was asked for, whatever fits.
             count = self._count_that_fits(option, operation) if would is None else operation.count
             keys = child_keys(operation.key, operation.count)[:count]
-        prices = operation.candidates[option.index].prices
-        overs = books.recipe(option.pool, option.buckets).overs(option.sizes, option.holds)
+        asked = operation.candidates[option.index]
+        overs = option.recipe.overs(option.sizes, option.holds)
         expires_at = books.now + operation.hold_us
-        for number in option.buckets:
-            books.advance(number)
+        books.advance_all(option.buckets)
         for key in keys:
             books.emit(
                 ev.Granted(
@@ -230,7 +232,7 @@ class Reserving:
                     option.holds,
                     overs,
                     option.sizes,
-                    prices,
+                    asked.prices,
                     option.index,
                     expires_at,
                 )
@@ -244,8 +246,19 @@ class Reserving:
             option.index,
             operation.hold_us,
             waited + operation.waited_us,
-            option.sizes.max_output_tokens,
-            books.context(operation.key, keys[0], operation.count),
+            option.sizes.max_output_tokens if asked.estimate.max_output_tokens is not None else None,
+            op.Context(
+                books.state.ledger,
+                operation.key,
+                option.pool,
+                option.shares,
+                operation.tenant,
+                operation.route,
+                books.now,
+                option.recipe.by_dimension(option.holds),
+                asked.prices,
+                operation.count,
+            ),
             books.touched(option.buckets),
             would,
         )
@@ -258,8 +271,8 @@ class Reserving:
         touched = self._books.touched(option.buckets)
         self.answers.append((ticket, an.Denied(reason, option.pool, verdict.binding, retry, touched)))
 
-    def _refuse(self, ticket: int, field: str, message: str) -> None:
-        self.answers.append((ticket, an.Invalid(field, message)))
+    def _refuse(self, ticket: int, field: str, message: str, *, full: bool = False) -> None:
+        self.answers.append((ticket, an.Invalid(field, message, full)))
 
     # -- turns --------------------------------------------------------------------------------------------------
 

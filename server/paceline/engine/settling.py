@@ -17,11 +17,12 @@ from paceline.engine import operations as op
 from paceline.engine.accounting import Prices, Sizes, Usage, UsageKind, expected_usage
 from paceline.engine.answers import Answer
 from paceline.engine.books import Books
+from paceline.engine.bucket import EndKind
 from paceline.engine.dimensions import Dimension, Window
 from paceline.engine.keys import child_keys
 from paceline.engine.operations import Disposition, Refusal
 from paceline.engine.reserving import Reserving
-from paceline.engine.state import Ended, EndKind, Reservation
+from paceline.engine.state import Ended, Reservation
 from paceline.engine.stats import Stats
 from paceline.engine.teaching import UNKNOWN_CALL, Call, Teacher
 
@@ -140,7 +141,7 @@ class Settling:
             return an.Committed(stale=True)
         numbers = books.plan(context.pool, context.shares)
         if numbers is None:
-            return an.Invalid("context", f"the ledger has its most limits ({books.caps.buckets})")
+            return an.Invalid("context", f"the ledger has its most limits ({books.caps.buckets})", full=True)
         frozen = dict(context.charges)
         holds = tuple(frozen.get(books.state.buckets[number].dimension, 0) for number in numbers)
         charged = self._charge(context.pool, numbers, holds, context.prices, None, None, outcome)
@@ -174,7 +175,7 @@ class Settling:
             return an.Invalid("target", "has no pool in this ledger")
         numbers = books.plan(candidate.pool, candidate.shares)
         if numbers is None:
-            return an.Invalid("tenant", f"the ledger has its most limits ({books.caps.buckets})")
+            return an.Invalid("tenant", f"the ledger has its most limits ({books.caps.buckets})", full=True)
         sizes = pool.profile.fill(candidate.estimate)
         holds = books.recipe(candidate.pool, numbers).holds(sizes, candidate.prices)
         charged = self._charge(candidate.pool, numbers, holds, candidate.prices, sizes, None, outcome)
@@ -199,8 +200,7 @@ class Settling:
         charged: Charged,
         granted_at: int,
     ) -> None:
-        for number in numbers:
-            self._books.advance(number)
+        self._books.advance_all(numbers)
         self._books.emit(
             ev.Booked(key, pool, shares, numbers, charged.amounts, charged.overs, granted_at, charged.cost)
         )
@@ -255,9 +255,11 @@ class Settling:
 
         What ended at ``ended_at``, in a month that is over, gives nothing back to this one.
         """
+        self._books.advance_all(numbers)
+        buckets = self._books.state.buckets
         forfeits = []
         for number, hold, charge in zip(numbers, holds, charges, strict=True):
-            bucket = self._books.advance(number)
+            bucket = buckets[number]
             back = hold - charge
             if back <= 0:
                 forfeits.append(0)
@@ -320,12 +322,27 @@ class Settling:
             reservation = self._books.state.open.get(key)
             if reservation is None or reservation.expires_at != expires_at:
                 continue
-            charged = self._charge_reservation(reservation, _NO_ANSWER)
-            numbers = reservation.buckets
-            forfeits = self._forfeits(numbers, reservation.holds, charged.amounts, reservation.ordinal)
-            self._books.emit(ev.Expired(key, charged.amounts, forfeits, charged.overs, charged.cost))
-            self._teacher.hold_to_readings(numbers, now)
-            self._stats.expired(reservation.pool)
+            self._expire(reservation)
+
+    def expire_now(self, operation: op.Expire) -> Answer:
+        """End a hold before its time."""
+        state = self._books.state
+        ended = state.ended.get(operation.key)
+        keys = ended.keys if ended is not None and ended.kind is EndKind.TOGETHER else (operation.key,)
+        still_open = [reservation for key in keys if (reservation := state.open.get(key)) is not None]
+        if not still_open:
+            return an.Invalid("reservation_id", "is not an open reservation")
+        for reservation in still_open:
+            self._expire(reservation)
+        return an.Done()
+
+    def _expire(self, reservation: Reservation) -> None:
+        charged = self._charge_reservation(reservation, _NO_ANSWER)
+        numbers = reservation.buckets
+        forfeits = self._forfeits(numbers, reservation.holds, charged.amounts, reservation.ordinal)
+        self._books.emit(ev.Expired(reservation.key, charged.amounts, forfeits, charged.overs, charged.cost))
+        self._teacher.hold_to_readings(numbers, self._books.now)
+        self._stats.expired(reservation.pool)
 
     def forget(self) -> None:
         """Bound the memory of ended reservations, in number and in age."""
@@ -366,8 +383,7 @@ class Settling:
             expires_at = max(expires_at, books.now + operation.hold_us)
         holds, overs = self._grown(reservation, output)
         if (expires_at, output) != (reservation.expires_at, reservation.output_tokens):
-            for number in reservation.buckets:
-                books.advance(number)
+            books.advance_all(reservation.buckets)
             books.emit(ev.Renewed(operation.key, expires_at, output, holds, overs))
             if expires_at != reservation.expires_at:
                 self.watch(expires_at, operation.key)

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Iterable, Iterator
-from enum import IntEnum
 from itertools import islice
 from typing import Any
 
@@ -16,7 +15,7 @@ import msgspec
 
 from paceline.engine import events as ev
 from paceline.engine.accounting import Prices, Profile, Sizes
-from paceline.engine.bucket import Bucket, Constraint
+from paceline.engine.bucket import Bucket, EndKind
 from paceline.engine.calendar import next_month
 from paceline.engine.dimensions import Dimension, Limit, Window
 from paceline.engine.operations import Mode, Priority
@@ -46,15 +45,6 @@ class Reservation(msgspec.Struct, frozen=True, array_like=True, gc=False):
     ordinal: int
     output_tokens: int | None = None
     """Output reported by Renew so far."""
-
-
-class EndKind(IntEnum):
-    SETTLED = 1
-    RELEASED = 2
-    EXPIRED = 3
-    TOMBSTONE = 4
-    TOGETHER = 5
-    """A bulk request: its reservations are in ``keys``."""
 
 
 class Ended(msgspec.Struct, frozen=True, array_like=True, gc=False):
@@ -331,16 +321,9 @@ class State:
         )
         self.open[event.key] = reservation
         self.open_in[event.pool][event.key] = reservation
-        buckets = self.buckets
+        buckets, at = self.buckets, self.at
         for number, hold, over in zip(event.buckets, event.holds, event.overs, strict=True):
-            bucket = buckets[number]
-            bucket.lower(ordinal, hold)
-            bucket.charged += hold
-            bucket.held += hold
-            bucket.granted += hold
-            bucket.over += over
-            if bucket.constraint is not None:
-                _counted_after(bucket.constraint, self.at, hold)
+            buckets[number].open(ordinal, at, hold, over)
 
     def _granted_together(self, event: ev.GrantedTogether) -> None:
         self.ended[event.key] = Ended(EndKind.TOGETHER, self.at, granted_at=self.at, keys=event.keys)
@@ -358,15 +341,8 @@ class State:
         self.open_in[old.pool][event.key] = new
         for place, number in enumerate(old.buckets):
             bucket = self.buckets[number]
-            bucket.over += new.overs[place] - old.overs[place]
             more = new.holds[place] - old.holds[place]
-            if more:
-                bucket.grow(self.ordinal + 1, more)
-                bucket.charged += more
-                bucket.held += more
-                bucket.granted += more
-                if bucket.constraint is not None:
-                    _counted_after(bucket.constraint, old.granted_at, more)
+            bucket.grow(self.ordinal + 1, old.granted_at, more, new.overs[place] - old.overs[place])
 
     def _settled(self, event: ev.Settled) -> None:
         self._end(event.key, EndKind.SETTLED, event.charges, event.forfeits, event.overs, event.cost)
@@ -389,26 +365,14 @@ class State:
     ) -> None:
         reservation = self.open.pop(key)
         del self.open_in[reservation.pool][key]
-        buckets = self.buckets
-        at = self.at
-        for place, number in enumerate(reservation.buckets):
+        buckets, at, newest = self.buckets, self.at, self.ordinal
+        for number, hold, over, charge, forfeit, over_now in zip(
+            reservation.buckets, reservation.holds, reservation.overs, charges, forfeits, overs, strict=True
+        ):
             bucket = buckets[number]
-            hold, charge = reservation.holds[place], charges[place]
-            bucket.held -= hold
-            if kind is EndKind.SETTLED:
-                bucket.settled += hold
-            elif kind is EndKind.EXPIRED:
-                bucket.expired += hold
-                bucket.refundable += charge
-            else:
-                bucket.released += hold
-            bucket.over -= reservation.overs[place]
-            self._recharge(bucket, hold, charge, forfeits[place], reservation.ordinal)
-            bucket.note_end(at, charge, overs[place])
-            if bucket.constraint is not None:
-                _counted_after(bucket.constraint, reservation.granted_at, charge - hold)
-                bucket.constraint.ended += charge
-                bucket.constraint.ended_over += overs[place]
+            bucket.end(kind, hold, charge, over)
+            bucket.recharge(reservation.ordinal, newest, hold, charge, forfeit)
+            bucket.note_end(at, reservation.granted_at, hold, charge, over_now)
         self.ended[key] = Ended(
             kind,
             at,
@@ -428,30 +392,17 @@ class State:
             holds=reservation.holds,
         )
 
-    def _recharge(self, bucket: Bucket, old: int, new: int, forfeit: int, ordinal: int) -> None:
-        """Put the charge ``new`` in the place of ``old``, of a hold granted at ``ordinal``."""
-        bucket.charged += new - old
-        if new > old:
-            bucket.lower(self.ordinal + 1, new - old)
-        elif new < old:
-            bucket.refund(ordinal, old - new - forfeit)
-            bucket.refilled -= forfeit
-
     def _replaced(self, event: ev.Replaced) -> None:
         old = self.ended[event.key]
         for place, number in enumerate(old.buckets):
             bucket = self.buckets[number]
             before, charge = old.charges[place], event.charges[place]
-            self._recharge(bucket, before, charge, event.forfeits[place], old.ordinal)
             if old.kind is EndKind.EXPIRED:
                 bucket.refundable -= before
-            bucket.amend_end(old.ended_at, charge - before, event.overs[place] - old.overs[place])
-            constraint = bucket.constraint
-            if constraint is not None and old.granted_at is not None:
-                _counted_after(constraint, old.granted_at, charge - before)
-                if old.ended_at >= constraint.since:
-                    constraint.ended += charge - before
-                    constraint.ended_over += event.overs[place] - old.overs[place]
+            bucket.recharge(old.ordinal, self.ordinal, before, charge, event.forfeits[place])
+            if old.granted_at is not None:
+                over = event.overs[place] - old.overs[place]
+                bucket.amend_end(old.ended_at, old.granted_at, charge - before, over)
         self.ended[event.key] = msgspec.structs.replace(
             old,
             kind=EndKind.RELEASED if event.released else EndKind.SETTLED,
@@ -461,18 +412,10 @@ class State:
         )
 
     def _booked(self, event: ev.Booked) -> None:
-        for place, number in enumerate(event.buckets):
+        for number, charge, over in zip(event.buckets, event.charges, event.overs, strict=True):
             bucket = self.buckets[number]
-            charge = event.charges[place]
-            bucket.lower(self.ordinal + 1, charge)
-            bucket.charged += charge
-            bucket.granted += charge
-            bucket.settled += charge
-            bucket.note_end(self.at, charge, event.overs[place])
-            if bucket.constraint is not None:
-                _counted_after(bucket.constraint, event.granted_at, charge)
-                bucket.constraint.ended += charge
-                bucket.constraint.ended_over += event.overs[place]
+            bucket.book(self.ordinal, charge)
+            bucket.note_end(self.at, event.granted_at, 0, charge, over)
         if event.key:
             self.ended.pop(event.key, None)
             self.ended[event.key] = Ended(
@@ -526,9 +469,3 @@ class State:
             self.modes.pop((event.pool, event.tenant), None)
         else:
             self.modes[event.pool, event.tenant] = event.mode
-
-
-def _counted_after(constraint: Constraint, granted_at: int, amount: int) -> None:
-    """Charges of calls granted after the reading: upstream had counted nothing of them."""
-    if granted_at > constraint.until:
-        constraint.after += amount

@@ -415,7 +415,7 @@ class QueueState(_message.Message):
     WAITING_FIELD_NUMBER: _builtins.int
     OLDEST_WAIT_FIELD_NUMBER: _builtins.int
     priority: _common_pb2.Priority.ValueType
-    """The priority."""
+    """The priority. Unspecified: all priorities together."""
     waiting: _builtins.int
     """How many calls wait. Unit: calls."""
     @_builtins.property

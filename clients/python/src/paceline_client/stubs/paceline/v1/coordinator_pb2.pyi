@@ -464,7 +464,7 @@ class RenewRequest(_message.Message):
     """Tokens produced so far, a running total. A smaller value than before is ignored. Absent: not known. Unit: tokens."""
     @_builtins.property
     def hold(self) -> _duration_pb2.Duration:
-        """How long the hold lasts from now. Absent: the length first granted, from now. Zero: the expiry does not change. The
+        """How long the hold lasts from now. Absent: the server's default, from now. Zero: the expiry does not change. The
         expiry never moves to an earlier time.
         """
 
@@ -826,8 +826,8 @@ class RequestItem(_message.Message):
     number: _builtins.int
     """The client's number for the item, unique in the session. Starts at 1."""
     cancel: _builtins.int
-    """Number of an earlier item that is no longer wanted. A Reserve that waits is withdrawn and answered with status
-    CANCELLED; one that is granted just now is answered with its grant. Other operations are not stopped.
+    """Number of an earlier item that is no longer wanted. A Reserve that has no answer yet is withdrawn or released, and
+    answered with status CANCELLED; one whose answer is on its way keeps it. Other operations are not stopped.
     """
     traceparent: _builtins.str
     """Trace context of the caller, as the W3C header `traceparent`. Empty: none."""

@@ -73,8 +73,8 @@ class CoordinatorServiceStub:
     """The other operations in batches, over one long stream. The first message of the client is `hello`, the first of the
     server is `welcome`. Answers come in any order. A bad item fails alone, with a google.rpc.Status of its own. After
     `drain` the client opens a new session for new items and keeps this one until its items are answered. When the stream
-    ends, reservations that wait are withdrawn; granted ones stay, and an answer that was not delivered can be had by sending
-    the same `reservation_id` again.
+    ends, reservations that wait are withdrawn, and grants that were not delivered are released, both a moment later, so that
+    a client that comes back and sends the same `reservation_id` again keeps its place or its grant.
     Errors that end the stream: INVALID_ARGUMENT (no `hello`, a second `hello`, or a message that cannot be decoded),
     FAILED_PRECONDITION (no common protocol version), UNAUTHENTICATED, PERMISSION_DENIED, RESOURCE_EXHAUSTED (too many
     sessions, or a batch above the limits in `welcome`; with google.rpc.RetryInfo), UNAVAILABLE (the server goes).
@@ -125,8 +125,8 @@ class CoordinatorServiceAsyncStub(CoordinatorServiceStub):
     """The other operations in batches, over one long stream. The first message of the client is `hello`, the first of the
     server is `welcome`. Answers come in any order. A bad item fails alone, with a google.rpc.Status of its own. After
     `drain` the client opens a new session for new items and keeps this one until its items are answered. When the stream
-    ends, reservations that wait are withdrawn; granted ones stay, and an answer that was not delivered can be had by sending
-    the same `reservation_id` again.
+    ends, reservations that wait are withdrawn, and grants that were not delivered are released, both a moment later, so that
+    a client that comes back and sends the same `reservation_id` again keeps its place or its grant.
     Errors that end the stream: INVALID_ARGUMENT (no `hello`, a second `hello`, or a message that cannot be decoded),
     FAILED_PRECONDITION (no common protocol version), UNAUTHENTICATED, PERMISSION_DENIED, RESOURCE_EXHAUSTED (too many
     sessions, or a batch above the limits in `welcome`; with google.rpc.RetryInfo), UNAVAILABLE (the server goes).
@@ -210,8 +210,8 @@ class CoordinatorServiceServicer(metaclass=_abc_1.ABCMeta):
         """The other operations in batches, over one long stream. The first message of the client is `hello`, the first of the
         server is `welcome`. Answers come in any order. A bad item fails alone, with a google.rpc.Status of its own. After
         `drain` the client opens a new session for new items and keeps this one until its items are answered. When the stream
-        ends, reservations that wait are withdrawn; granted ones stay, and an answer that was not delivered can be had by sending
-        the same `reservation_id` again.
+        ends, reservations that wait are withdrawn, and grants that were not delivered are released, both a moment later, so that
+        a client that comes back and sends the same `reservation_id` again keeps its place or its grant.
         Errors that end the stream: INVALID_ARGUMENT (no `hello`, a second `hello`, or a message that cannot be decoded),
         FAILED_PRECONDITION (no common protocol version), UNAUTHENTICATED, PERMISSION_DENIED, RESOURCE_EXHAUSTED (too many
         sessions, or a batch above the limits in `welcome`; with google.rpc.RetryInfo), UNAVAILABLE (the server goes).

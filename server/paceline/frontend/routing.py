@@ -1,0 +1,236 @@
+"""Accounts to ledgers: one owner for each account, made when it is first used.
+
+What the configuration defines is submitted before anything else, and a pool just ahead of the first call to it. A
+ledger that was read again from its journal may have lost what was not written: it is told everything again.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable, Iterable, Iterator, Sequence
+
+import structlog
+
+from paceline.engine.answers import Answer, Invalid
+from paceline.engine.dimensions import Dimension, Window
+from paceline.engine.engine import Engine
+from paceline.engine.operations import DefinePool, Operation
+from paceline.engine.state import State
+from paceline.frontend.errors import refused
+from paceline.frontend.limits import MAX_DEFINED_POOLS, MAX_LEDGERS
+from paceline.frontend.places import Destination
+from paceline.ledger.journal import RETRYABLE, StoreError
+from paceline.ledger.owner import LedgerBusy, LedgerError, LedgerUnavailable, Owner, Phase
+
+_log = structlog.get_logger(__name__)
+
+_MOST_EARLY = 4_096
+"""Operations kept for a ledger that is still being read."""
+_START_BACKOFF_S = (0.05, 0.2, 1.0, 5.0)
+
+Reply = Callable[[Answer | LedgerError], object]
+MakeOwner = Callable[[str, Callable[[Phase], object]], Owner]
+"""An owner of a ledger, not started; the second argument hears of its phases."""
+SetupOf = Callable[[str], Sequence[Operation]]
+"""What the configuration defines for an account."""
+
+
+class Slot:
+    """One local ledger: its owner, and what that owner has been told to define."""
+
+    def __init__(self, account: str, owner: Owner, setup: Sequence[Operation]) -> None:
+        self.account = account
+        self.owner = owner
+        self.setup = tuple(setup)
+        self.started = False
+        self._defined: dict[str, DefinePool] = {}
+        self._epoch = 0
+        self._early: list[tuple[Operation, Reply]] = []
+
+    @property
+    def ready(self) -> bool:
+        """The ledger decides."""
+        return self.started and self.owner.phase in (Phase.SERVING, Phase.REPLAYING)
+
+    @property
+    def engine(self) -> Engine | None:
+        """The engine over the books of this moment; ``None`` before they were first read."""
+        decider = self.owner.engine if self.started else None
+        return decider if isinstance(decider, Engine) else None
+
+    @property
+    def state(self) -> State | None:
+        """The books of this moment, ahead of the journal by what is being written."""
+        engine = self.engine
+        return None if engine is None else engine.state
+
+    def knows(self, key: str) -> bool:
+        """Whether the ledger has or had a reservation of this key, or a tombstone."""
+        state = self.state
+        return state is not None and (key in state.open or key in state.ended)
+
+    def submit(self, operation: Operation, reply: Reply) -> None:
+        """Pass an operation to the owner."""
+        if not self.started:
+            if len(self._early) < _MOST_EARLY:
+                self._early.append((operation, reply))
+            else:
+                reply(LedgerBusy(f"ledger {self.account!r} is being read", 200_000))
+            return
+        if self._epoch != self.owner.epoch:
+            self._tell_all()
+        self.owner.submit(operation, reply)
+
+    def reserve(self, operation: Operation, choices: Iterable[tuple[int, Destination]], reply: Reply) -> None:
+        """Pass an operation whose pools may be new."""
+        if self.started and self._epoch != self.owner.epoch:
+            self._tell_all()
+        defined = self._defined
+        for _, destination in choices:
+            if defined.get(destination.pool) is not destination.definition:
+                self.define(destination.definition)
+        self.submit(operation, reply)
+
+    def define(self, definition: DefinePool) -> None:
+        """Have a pool defined before whatever is submitted next."""
+        if len(self._defined) >= MAX_DEFINED_POOLS:
+            self._defined.clear()
+        self._defined[definition.pool] = definition
+        self.submit(definition, self._was_defined)
+
+    def forget_definitions(self) -> None:
+        """Define pools again on their next use."""
+        self._defined.clear()
+
+    def begin(self) -> None:
+        """The owner serves: define, then pass on what came too early."""
+        self.started = True
+        self._tell_all()
+        early, self._early = self._early, []
+        for operation, reply in early:
+            self.submit(operation, reply)
+
+    def refuse_early(self, error: LedgerError) -> None:
+        """The owner could not start: answer what waits for it."""
+        early, self._early = self._early, []
+        for _, reply in early:
+            reply(error)
+
+    def _tell_all(self) -> None:
+        self._epoch = self.owner.epoch
+        pools, self._defined = self._defined, {}
+        for operation in self.setup:
+            self.owner.submit(operation, self._was_defined)
+        for definition in pools.values():
+            self._defined[definition.pool] = definition
+            self.owner.submit(definition, self._was_defined)
+
+    def _was_defined(self, answer: Answer | LedgerError) -> None:
+        if isinstance(answer, Invalid):
+            _log.warning("definition refused", ledger=self.account, field=answer.field, message=answer.message)
+            self._defined.clear()
+        elif isinstance(answer, LedgerError):
+            self._epoch = -1
+
+
+class Router:
+    """The local ledgers. ``on_change`` hears of every change of a ledger's phase."""
+
+    def __init__(
+        self,
+        make_owner: MakeOwner,
+        setup_of: SetupOf,
+        *,
+        most: int = MAX_LEDGERS,
+        on_change: Callable[[Slot], object] | None = None,
+    ) -> None:
+        self.slots: dict[str, Slot] = {}
+        self.closed = False
+        self._make_owner = make_owner
+        self._setup_of = setup_of
+        self._most = most
+        self._on_change = on_change
+        self._starting: dict[str, asyncio.Task[None]] = {}
+
+    async def open(self, accounts: Iterable[str]) -> None:
+        """Start these ledgers. Raises :class:`~paceline.ledger.journal.StoreError` or
+        :class:`~paceline.ledger.owner.LedgerStopped` if one cannot be read."""
+        for account in accounts:
+            if account not in self.slots:
+                slot = self._make(account)
+                await slot.owner.start()
+                slot.begin()
+
+    def slot(self, account: str, path: str = "target.account") -> Slot:
+        """The ledger of an account. Raises :class:`~paceline.frontend.errors.Problem` if there are too many."""
+        slot = self.slots.get(account)
+        if slot is None:
+            if len(self.slots) >= self._most or self.closed:
+                raise refused(path, f"is new, and this server has its most accounts ({self._most})")
+            slot = self._make(account)
+            self._starting[account] = asyncio.create_task(self._start(slot))
+        return slot
+
+    def known(self, key: str) -> Slot | None:
+        """The local ledger that has or had this reservation."""
+        for slot in self.slots.values():
+            if slot.knows(key):
+                return slot
+        return None
+
+    def layout_of(self, ledger: str, pool: str) -> list[tuple[Dimension, Window]]:
+        """A pool's own limits and the account's spend, in the order of the engine's charges; empty if not known."""
+        slot = self.slots.get(ledger)
+        state = None if slot is None else slot.state
+        found = None if state is None else state.pools.get(pool)
+        if state is None or found is None:
+            return []
+        counted = {rule.dimension for rule in found.profile.rules}
+        buckets = (state.buckets[number] for number in found.buckets)
+        layout = [(bucket.dimension, bucket.window) for bucket in buckets if bucket.dimension in counted]
+        return [*layout, (Dimension.SPEND, Window.MONTH)]
+
+    def ready(self) -> Iterator[Slot]:
+        """The ledgers that have books to look at."""
+        return (slot for slot in self.slots.values() if slot.state is not None)
+
+    async def stop(self, drain_timeout: float) -> None:
+        """Stop every owner."""
+        self.closed = True
+        for task in self._starting.values():
+            task.cancel()
+        if self._starting:
+            await asyncio.wait(self._starting.values())
+        for slot in self.slots.values():
+            slot.refuse_early(LedgerUnavailable("the server is stopping"))
+        if self.slots:
+            await asyncio.gather(*(slot.owner.stop(drain_timeout) for slot in self.slots.values()))
+
+    def _make(self, account: str) -> Slot:
+        def heard(_: Phase) -> None:
+            if self._on_change is not None:
+                self._on_change(slot)
+
+        owner = self._make_owner(account, heard)
+        slot = self.slots[account] = Slot(account, owner, self._setup_of(account))
+        return slot
+
+    async def _start(self, slot: Slot) -> None:
+        attempt = 0
+        try:
+            while True:
+                try:
+                    await slot.owner.start()
+                    slot.begin()
+                    return
+                except RETRYABLE as error:
+                    slot.refuse_early(LedgerUnavailable(f"the store of ledger {slot.account!r} is away", 200_000))
+                    _log.error("ledger cannot start", ledger=slot.account, error=str(error))
+                    await asyncio.sleep(_START_BACKOFF_S[min(attempt, len(_START_BACKOFF_S) - 1)])
+                    attempt += 1
+        except (StoreError, LedgerError) as error:
+            slot.refuse_early(LedgerUnavailable(f"ledger {slot.account!r} cannot be read"))
+            _log.critical("ledger cannot start", ledger=slot.account, error=str(error))
+            self.slots.pop(slot.account, None)
+        finally:
+            self._starting.pop(slot.account, None)

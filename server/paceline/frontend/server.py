@@ -1,0 +1,483 @@
+"""A server: store, ledgers, services and health, from start to drain."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import ipaddress
+import os
+import signal
+import socket
+import stat
+import sys
+import time
+from collections.abc import Callable, Coroutine
+from typing import Any
+
+import grpc
+import structlog
+from grpc_health.v1 import health_pb2, health_pb2_grpc
+from grpc_health.v1._async import HealthServicer
+from grpc_reflection.v1alpha import reflection
+
+import paceline
+from paceline.config import Config, ConfigError, Shares, catalogue, definitions, expand_ladder, token_hashes
+from paceline.engine.accounting import Estimate
+from paceline.engine.engine import Caps as EngineCaps
+from paceline.frontend import admin as administration
+from paceline.frontend.auth import Authenticator, Identity
+from paceline.frontend.context import META_KEY, Signer, new_key
+from paceline.frontend.coordinator import SERVICE, Coordinator
+from paceline.frontend.desk import Desk
+from paceline.frontend.fallback import Fallback
+from paceline.frontend.figures import figures, traffic
+from paceline.frontend.limits import FALLBACK_REFRESH_US, MAX_STREAMS, Caps
+from paceline.frontend.places import Places
+from paceline.frontend.replies import Replies
+from paceline.frontend.requests import Ladder, Requests
+from paceline.frontend.routing import Router, Slot
+from paceline.frontend.session import SessionCaps, Sessions
+from paceline.ledger.journal import Store, StoreError
+from paceline.ledger.machine import EngineMachine
+from paceline.ledger.owner import LedgerError, Owner, Phase
+from paceline.ledger.store import open_store
+from paceline.providers import Catalogue, Target
+from paceline.providers.headers import ALLOWED_HEADERS, FAMILIES, parse
+from paceline.telemetry import Endpoint, Figures
+from paceline_client.stubs import v1 as pb
+
+_log = structlog.get_logger(__name__)
+
+STORE_HEALTH = "store"
+CONFIG_HEALTH = "config"
+DRAINING_HEALTH = "draining"
+"""Services of grpc.health.v1 beside those of gRPC: NOT_SERVING while a ledger's store is away; always SERVING once the
+configuration was read; NOT_SERVING while draining."""
+
+_KEEPALIVE_MS = 30_000
+_KEEPALIVE_TIMEOUT_MS = 10_000
+_LEAST_PING_MS = 5_000
+_FLUSH_SECONDS = 0.5
+"""For the last answers to leave."""
+_DRAIN_POLL_SECONDS = 0.02
+
+_SERVING = health_pb2.HealthCheckResponse.SERVING
+_NOT_SERVING = health_pb2.HealthCheckResponse.NOT_SERVING
+
+
+class StartError(Exception):
+    """The server cannot start. The message is one line: what, and what to do."""
+
+
+class Server:
+    """One server process. ``environ`` is where tokens may stand."""
+
+    def __init__(self, config: Config, *, store: Store | None = None, environ: dict[str, str] | None = None) -> None:
+        self.config = config
+        self.address = ""
+        """Where it listens, once it does."""
+        self.store = open_store(config.store) if store is None else store
+        self.authenticator = Authenticator(_identities(config, dict(os.environ) if environ is None else environ))
+        self.catalogue = catalogue(config, on_unknown=_unknown)
+        self.health = HealthServicer()
+        self.draining = False
+        self.router: Router
+        self.desk: Desk
+        self.sessions: Sessions
+        self.coordinator: Coordinator
+        self.admin: administration.Admin
+        self.fallback: Fallback
+        self.metrics: Endpoint | None = None
+        self._server: grpc.aio.Server | None = None
+        self._tasks: set[asyncio.Task[None]] = set()
+        self._health_task: asyncio.Task[None] | None = None
+
+    # -- start --------------------------------------------------------------------------------------------------
+
+    async def start(self) -> None:
+        """Open the store, read the ledgers, listen. Raises :class:`StartError`; nothing is left open then."""
+        limits = self.config.limits
+        where = _probe(self.config.listen)
+        try:
+            await self.store.open()
+        except StoreError as error:
+            raise StartError(str(error)) from error
+        try:
+            await self._assemble()
+            accounts = dict.fromkeys([*self.config.accounts, *await self.store.ledgers()])
+            await self.router.open(accounts)
+            self._server = self._listen(where, limits.max_message_bytes)
+            await self._server.start()
+            self._offer_metrics()
+        except (StoreError, LedgerError, StartError) as error:
+            await self._undo()
+            raise StartError(str(error)) from error
+        except BaseException:
+            await self._undo()
+            raise
+        self._spawn(self._refresh())
+        self._health_changed()
+        if self.authenticator.open and not _is_local(self.config.listen):
+            _log.warning(
+                "ANYBODY WHO REACHES THIS PORT MAY USE AND ADMINISTER THIS SERVER: no identities are configured, and "
+                "it listens beyond this machine",
+                listen=self.config.listen,
+            )
+
+    async def _assemble(self) -> None:
+        config, limits = self.config, self.config.limits
+        key = await self.store.get_meta(META_KEY)
+        if key is None:
+            key = new_key()
+            await self.store.put_meta(META_KEY, key)
+        signer = Signer(key)
+        places = Places(self.catalogue, Shares(config).shares_of, default_family=_family_of(self.catalogue))
+        ladders = {name: _ladder(config, name, places) for name in config.ladders}
+        machine = EngineMachine(
+            EngineCaps(
+                ended=limits.max_remembered,
+                memory_us=limits.remember_us,
+                waiters=limits.max_queue,
+                waiters_per_tenant=limits.max_queue_per_tenant,
+                open=limits.max_open_reservations,
+                pools=limits.max_pools,
+            )
+        )
+
+        def owner(account: str, heard: Callable[[Phase], object]) -> Owner:
+            return Owner(account, self.store.journal(account), machine=machine, on_phase=heard)
+
+        self.router = Router(
+            owner,
+            lambda account: definitions(config, self.catalogue, account),
+            most=limits.max_accounts + len(config.accounts),
+            on_change=self._phase_changed,
+        )
+        requests = Requests(places, signer, parse, ALLOWED_HEADERS, ladders=ladders, caps=_caps(config))
+        self.desk = Desk(requests, Replies(signer, self.router.layout_of), self.router)
+        self.fallback = Fallback(lambda: time.monotonic_ns() // 1_000)
+        self.sessions = Sessions(
+            self.desk,
+            self.authenticator,
+            self.fallback,
+            server_version=paceline.__version__,
+            header_names=ALLOWED_HEADERS,
+            caps=SessionCaps(
+                sessions=limits.max_sessions,
+                batch_bytes=limits.max_message_bytes,
+                open_items=limits.max_session_in_flight,
+            ),
+            grace_us=lambda: limits.drain_timeout_us,
+        )
+        self.coordinator = Coordinator(self.desk, self.sessions, self.authenticator, self.fallback)
+        self.admin = administration.Admin(self.router, self.authenticator, places, self._provider_of)
+
+    def _offer_metrics(self) -> None:
+        listen = self.config.metrics_listen
+        if listen == "off":
+            return
+        try:
+            self.metrics = Endpoint(listen, self.figures)
+        except OSError as error:
+            remedy = "choose another address in `metrics_listen`, or off"
+            raise StartError(f"cannot offer metrics on {listen}: {error.strerror}; {remedy}") from None
+
+    def figures(self) -> Figures:
+        """What the metrics show."""
+        return figures(self.router.slots.values(), traffic(self.coordinator, self.sessions, self.admin))
+
+    def _provider_of(self, account: str) -> str:
+        setup = self.catalogue.accounts.get(account)
+        return self.config.defaults.provider if setup is None else setup.provider
+
+    def _listen(self, where: str, most: int) -> grpc.aio.Server:
+        server = grpc.aio.server(
+            options=(
+                ("grpc.max_receive_message_length", most),
+                ("grpc.max_send_message_length", -1),
+                ("grpc.max_concurrent_streams", MAX_STREAMS),
+                # Two servers on one port would each have a part of the callers.
+                ("grpc.so_reuseport", 0),
+                ("grpc.keepalive_time_ms", _KEEPALIVE_MS),
+                ("grpc.keepalive_timeout_ms", _KEEPALIVE_TIMEOUT_MS),
+                ("grpc.keepalive_permit_without_calls", 1),
+                ("grpc.http2.min_ping_interval_without_data_ms", _LEAST_PING_MS),
+                ("grpc.http2.min_recv_ping_interval_without_data_ms", _LEAST_PING_MS),
+            )
+        )
+        server.add_generic_rpc_handlers((self.coordinator.handler(), self.admin.handler()))
+        health_pb2_grpc.add_HealthServicer_to_server(self.health, server)
+        names = (SERVICE, administration.SERVICE, health_pb2.DESCRIPTOR.services_by_name["Health"].full_name)
+        reflection.enable_server_reflection((*names, reflection.SERVICE_NAME), server)
+        try:
+            port = server.add_insecure_port(where)
+        except RuntimeError:
+            raise StartError(f"cannot listen on {self.config.listen}: choose another address in `listen`") from None
+        host = where.rpartition(":")[0]
+        self.address = where if where.startswith("unix:") else f"{host}:{port}"
+        return server
+
+    async def _undo(self) -> None:
+        if self.metrics is not None:
+            await self.metrics.close()
+        if self._server is not None:
+            await self._server.stop(None)
+        with contextlib.suppress(AttributeError):
+            await self.router.stop(0)
+        await self.store.close()
+
+    # -- while it runs --------------------------------------------------------------------------------------------
+
+    def _spawn(self, work: Coroutine[Any, Any, None]) -> asyncio.Task[None]:
+        task = asyncio.create_task(work)
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+        return task
+
+    async def _refresh(self) -> None:
+        """Fallback shares go out again before they expire."""
+        while True:
+            await asyncio.sleep(FALLBACK_REFRESH_US / 1e6)
+            self.sessions.refresh_shares()
+
+    def _phase_changed(self, _: Slot) -> None:
+        if self._server is not None:
+            self._health_changed()
+
+    def _health_changed(self) -> None:
+        if self._health_task is None or self._health_task.done():
+            self._health_task = self._spawn(self._tell_health())
+
+    async def _tell_health(self) -> None:
+        # One turn later: several ledgers change together.
+        await asyncio.sleep(0)
+        slots = list(self.router.slots.values())
+        store = not slots or any(slot.ready for slot in slots)
+        serving = store and not self.draining
+        states = {
+            "": serving,
+            SERVICE: serving,
+            administration.SERVICE: store,
+            STORE_HEALTH: all(slot.ready for slot in slots),
+            CONFIG_HEALTH: True,
+            DRAINING_HEALTH: not self.draining,
+        }
+        for name, good in states.items():
+            await self.health.set(name, _SERVING if good else _NOT_SERVING)
+
+    # -- stop -----------------------------------------------------------------------------------------------------
+
+    async def stop(self, drain_timeout: float | None = None) -> None:
+        """Drain for at most ``drain_timeout`` seconds (``None``: as configured), then stop.
+
+        New Reserves are denied; what is granted may be committed. It ends early once nothing is left to do: no item
+        without an answer, and nobody connected or nothing granted.
+        """
+        limit = self.config.limits.drain_timeout_us / 1e6 if drain_timeout is None else drain_timeout
+        deadline = time.monotonic() + limit
+        self.draining = self.desk.draining = True
+        await self._tell_health()
+        self.sessions.drain(int(limit * 1e6))
+        await _until(lambda: not self._busy(), deadline)
+        await self.router.stop(max(0.5, deadline - time.monotonic()))
+        await _until(
+            lambda: not self.sessions.pending and not self.coordinator.running, time.monotonic() + _FLUSH_SECONDS
+        )
+        self.admin.close()
+        if self.metrics is not None:
+            await self.metrics.close()
+        if self._server is not None:
+            await self._server.stop(_FLUSH_SECONDS)
+        for task in list(self._tasks):
+            task.cancel()
+        await asyncio.gather(*self._tasks, return_exceptions=True)
+        await self.store.close()
+
+    def _busy(self) -> bool:
+        if self.sessions.pending or self.coordinator.running:
+            return True
+        if not self.sessions.running:
+            return False
+        return any(slot.state is not None and slot.state.open for slot in self.router.slots.values())
+
+
+async def _until(done: Callable[[], bool], deadline: float) -> None:
+    while not done() and time.monotonic() < deadline:  # noqa: ASYNC110 -- what is waited for is spread over many objects
+        await asyncio.sleep(_DRAIN_POLL_SECONDS)
+
+
+async def serve(config: Config, ready: Callable[[str], object] | None = None) -> None:
+    """Run a server until SIGTERM or SIGINT. Raises :class:`StartError`. ``ready`` hears of the address."""
+    stop = asyncio.Event()
+    loop = asyncio.get_running_loop()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        with contextlib.suppress(NotImplementedError):
+            loop.add_signal_handler(number, stop.set)
+    try:
+        server = Server(config)
+    except (StoreError, ConfigError) as error:
+        raise StartError("; ".join(error.lines) if isinstance(error, ConfigError) else str(error)) from error
+    await server.start()
+    if ready is not None:
+        ready(server.address)
+    await stop.wait()
+    _log.info("draining", seconds=config.limits.drain_timeout_us / 1e6)
+    await server.stop()
+
+
+def run(config: Config) -> int:
+    """Run a server; the exit code: 0 after a drain, 2 if it could not start."""
+    try:
+        with asyncio.Runner(loop_factory=_loop_factory()) as runner:
+            runner.run(serve(config, _announce))
+    except StartError as error:
+        line = " ".join(str(error).split())
+        sys.stderr.write(f"error: {line}\n")
+        return 2
+    return 0
+
+
+def _announce(address: str) -> None:
+    sys.stdout.write(f"paceline {paceline.__version__} listens on {address}\n")
+    sys.stdout.flush()
+
+
+def _loop_factory() -> Callable[[], asyncio.AbstractEventLoop] | None:
+    try:
+        import uvloop
+    except ImportError:
+        return None
+    return uvloop.new_event_loop
+
+
+def _identities(config: Config, environ: dict[str, str]) -> list[Identity]:
+    found = []
+    for digest, spec in token_hashes(config, environ).items():
+        tenants = None if "*" in spec.tenants else spec.tenants
+        workspaces = None if "*" in spec.workspaces else spec.workspaces
+        found.append(
+            Identity(
+                name=spec.name,
+                digests=(digest,),
+                tenants=tenants,
+                workspaces=workspaces,
+                calls="call" in spec.roles,
+                teaches="teach" in spec.roles,
+                admin="admin" in spec.roles,
+                tenant=_only(tenants),
+                workspace=_only(workspaces),
+            )
+        )
+    return found
+
+
+def _only(names: tuple[str, ...] | None) -> str:
+    """The default where there is no choice."""
+    return names[0] if names is not None and len(names) == 1 and "*" not in names[0] else ""
+
+
+def _caps(config: Config) -> Caps:
+    limits = config.limits
+    return Caps(
+        candidates=limits.max_candidates,
+        calls=limits.max_bulk,
+        label_chars=limits.max_label_length,
+        headers=limits.max_headers,
+        header_value_bytes=limits.max_header_bytes,
+        error_message_bytes=limits.max_error_message_bytes,
+        error_details_bytes=limits.max_error_details_bytes,
+        wait_us=limits.max_wait_us,
+        default_hold_us=limits.default_hold_us,
+        hold_us=limits.max_hold_us,
+    )
+
+
+def _ladder(config: Config, name: str, places: Places) -> Ladder:
+    rungs = []
+    for rung in expand_ladder(config, name):
+        target = pb.Target(**Target._asdict(rung.target))
+        destination = places.destination(target.SerializeToString(), target, f"ladders.{name}")
+        rungs.append((destination, Estimate(max_output_tokens=rung.max_output_tokens), rung.min_output_tokens))
+    return Ladder(tuple(rungs))
+
+
+def _family_of(known: Catalogue) -> Callable[[str], str]:
+    """The header family of a pool that this process has not resolved yet, by its name."""
+
+    def family(pool: str) -> str:
+        provider = known.spec.providers.get(pool.partition("/")[0])
+        if provider is None:
+            return ""
+        tier = pool.partition(";service_tier=")[2].partition("@")[0]
+        service = provider.service_tiers.get(tier)
+        found = (service.header_family if service is not None else None) or provider.header_family
+        return found if found in FAMILIES else ""
+
+    return family
+
+
+def _unknown(what: object) -> None:
+    model = getattr(what, "model", "")
+    _log.warning(
+        "unknown model: cautious limits, no price" if model else "too many unknown models: they share one pool",
+        account=getattr(what, "account", ""),
+        provider=getattr(what, "provider", ""),
+        model=model,
+        pool=getattr(what, "pool", ""),
+    )
+
+
+def _is_local(listen: str) -> bool:
+    if listen.startswith("unix:"):
+        return True
+    host = listen.rpartition(":")[0].strip("[]")
+    if host == "localhost":
+        return True
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return False
+
+
+def _probe(listen: str) -> str:
+    """The address for gRPC, if it is free. gRPC itself would say why it is not on lines of its own.
+
+    Raises :class:`StartError`.
+    """
+    taken = f"cannot listen on {listen}: {{}}; stop what uses it, or choose another address in `listen`"
+    if listen.startswith("unix:"):
+        path = listen.removeprefix("unix:").removeprefix("//")
+        try:
+            if stat.S_ISSOCK(os.stat(path).st_mode):
+                _probe_socket(path, taken)
+        except FileNotFoundError:
+            pass
+        except OSError as error:
+            raise StartError(taken.format(error.strerror)) from None
+        return f"unix:{path}"
+    host, _, port = listen.rpartition(":")
+    bare = host.strip("[]")
+    try:
+        found = socket.getaddrinfo(bare or None, int(port), type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
+    except OSError as error:
+        raise StartError(taken.format(error.strerror)) from None
+    family, kind, protocol, _, address = found[0]
+    with socket.socket(family, kind, protocol) as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind(address)
+            probe.listen(1)
+        except OSError as error:
+            raise StartError(taken.format(error.strerror)) from None
+    return listen
+
+
+def _probe_socket(path: str, taken: str) -> None:
+    """Raises :class:`StartError` if somebody listens on the socket; else it is a leftover, and goes."""
+    with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as probe:
+        try:
+            probe.connect(path)
+        except OSError:
+            os.unlink(path)
+            return
+    raise StartError(taken.format("another process listens there"))

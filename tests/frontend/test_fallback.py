@@ -1,0 +1,89 @@
+"""Fallback shares never add up to more than the limit."""
+
+from __future__ import annotations
+
+from hypothesis import given
+from hypothesis import strategies as st
+
+from paceline.engine.answers import DimensionState, Touched
+from paceline.engine.dimensions import UNLIMITED, Dimension, Window
+from paceline.frontend.fallback import Fallback, per_minute
+
+EXPIRY = 60_000_000
+DIMENSIONS = (Dimension.REQUESTS, Dimension.INPUT_TOKENS)
+
+steps = st.lists(
+    st.tuples(
+        st.integers(0, 40_000_000),  # time that passes
+        st.integers(0, 12),  # who asks
+        st.sampled_from(["one", "two"]),  # for which pool
+        st.integers(0, 2_000),  # the limit at that moment
+    ),
+    max_size=60,
+)
+
+
+@given(steps)
+def test_what_is_out_never_exceeds_the_limit(plan: list[tuple[int, int, str, int]]) -> None:
+    now = 0
+    fallback = Fallback(lambda: now, expiry_us=EXPIRY, most=10)
+    out: list[tuple[int, str, str, dict[Dimension, int], int]] = []
+    for passed, who, pool, limit in plan:
+        now += passed
+        limits = {Dimension.REQUESTS: limit, Dimension.INPUT_TOKENS: 3 * limit}
+        amounts = fallback.take(f"i{who}", pool, limits)
+        if amounts is None:
+            continue
+        assert set(amounts) == set(limits)
+        out.append((now + EXPIRY, f"i{who}", pool, amounts, limit))
+        standing = [entry for entry in out if entry[0] > now and entry[2] == pool]
+        for dimension in DIMENSIONS:
+            # Any unexpired share of an instance may be the one that it uses: the largest counts.
+            worst: dict[str, int] = {}
+            for _, name, _, given_out, _ in standing:
+                worst[name] = max(worst.get(name, 0), given_out[dimension])
+            # The limit may have come down since a share was given; until it expires, the older limit bounds it.
+            highest = max(entry[4] for entry in standing) * (3 if dimension is Dimension.INPUT_TOKENS else 1)
+            assert sum(worst.values()) <= highest
+            assert min(worst.values()) >= 0
+
+
+@given(st.integers(1, 40), st.integers(100, 10_000))
+def test_everybody_gets_a_fair_part_in_the_end(instances: int, limit: int) -> None:
+    now = 0
+    fallback = Fallback(lambda: now, expiry_us=EXPIRY)
+    amounts = {}
+    for _ in range(6):
+        for instance in range(instances):
+            now += EXPIRY // (2 * instances)
+            amounts[instance] = fallback.take(str(instance), "pool", {Dimension.REQUESTS: limit})
+    shares = [entry[Dimension.REQUESTS] for entry in amounts.values() if entry is not None]
+    assert len(shares) == instances
+    assert sum(shares) <= limit
+    assert min(shares) >= limit // (instances + max(1, instances // 8)) - 1
+
+
+def test_instances_are_bounded_and_make_room_when_they_expire() -> None:
+    now = 0
+    fallback = Fallback(lambda: now, expiry_us=EXPIRY, most=3)
+    limits = {Dimension.REQUESTS: 100}
+    assert [fallback.take(name, "pool", limits) is not None for name in "abcd"] == [True, True, True, False]
+    now = EXPIRY + 1
+    assert fallback.take("d", "pool", limits) == {Dimension.REQUESTS: 50}
+    assert fallback.outstanding("pool") == {Dimension.REQUESTS: 50}
+
+
+def test_amounts_are_per_minute() -> None:
+    states = (
+        DimensionState("p", "", Dimension.REQUESTS, Window.MINUTE, 60, 60, 1, 0),
+        DimensionState("p", "", Dimension.TOKENS, Window.DAY, 1_440_000, 1, 1, 0),
+        DimensionState("p", "", Dimension.CONCURRENCY, Window.NONE, 8, 8, 1, 0),
+        DimensionState("p", "", Dimension.INPUT_TOKENS, Window.MINUTE, UNLIMITED, 1, 1, 0),
+        DimensionState("p", "team", Dimension.REQUESTS, Window.MINUTE, 7, 7, 1, 0),
+        DimensionState("", "", Dimension.SPEND, Window.MONTH, 7, 7, 1, 0),
+    )
+    assert per_minute("p", Touched(None, states)) == {
+        Dimension.REQUESTS: 60,
+        Dimension.TOKENS: 1_000,
+        Dimension.CONCURRENCY: 8,
+    }
