@@ -9,6 +9,8 @@ WITH_TOOLS := PATH="$(BIN):$$PATH"
 # Worker processes of the tests ("0": none, in one process), and anything more to hand to pytest.
 PYTEST_WORKERS ?= auto
 PYTEST_ARGS ?=
+# For the proofs, such as "--seed 7".
+PROOF_ARGS ?=
 
 PY_SOURCES := $(wildcard server/paceline clients/python/src clients/python/tests tests bench proto/generate.py)
 UV ?= uv
@@ -57,6 +59,7 @@ $(VENV)/.packages: $(VENV)/.locked pyproject.toml clients/python/pyproject.toml
 lock: ## resolve the requirements anew (needs uv; UPGRADE=1 for the newest versions)
 	$(LOCK) $(if $(UPGRADE),--upgrade) pyproject.toml -o requirements/server.txt
 	$(LOCK) $(if $(UPGRADE),--upgrade) pyproject.toml requirements/dev.in -o requirements/dev.txt
+	$(LOCK) $(if $(UPGRADE),--upgrade) requirements/build.in -o requirements/build.txt
 
 # --- checks ----------------------------------------------------------------------------------------------------
 
@@ -71,6 +74,13 @@ test: env ## everything: environment, lint, stubs, contract, tests
 pytest: env ## the tests alone
 	@echo "==> pytest"
 	@$(WITH_TOOLS) python -m pytest -n $(PYTEST_WORKERS) $(PYTEST_ARGS)
+
+.PHONY: prove-kill prove-fuzz
+prove-kill: env ## 20,000 pairs while the server is killed 30 times; nothing may be lost (some minutes)
+	@$(WITH_TOOLS) python -m tests.proofs.kill9 $(PROOF_ARGS)
+
+prove-fuzz: env ## 50,000 broken messages to a server; nothing may break (some minutes)
+	@$(WITH_TOOLS) python -m tests.proofs.fuzz $(PROOF_ARGS)
 
 .PHONY: lint
 lint: env ## ruff, mypy --strict, buf lint
@@ -117,6 +127,7 @@ drift: env ## whether the stubs are those of proto/
 
 # Other languages: tests/contract/<language>/check proves that the contract works there, with these tools.
 TOOLS_go := go
+TOOLS_grpcurl := go
 TOOLS_typescript := node npm
 TOOLS_java := java mvn
 CONTRACT_CHECKS := $(patsubst tests/contract/%/check,contract-%,$(wildcard tests/contract/*/check))

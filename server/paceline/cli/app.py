@@ -1,0 +1,41 @@
+"""All commands together."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+
+from paceline.cli import config
+from paceline.cli.console import say
+from paceline.cli.health import health
+from paceline.cli.pools import pools
+from paceline.cli.reserve import reserve
+from paceline.cli.serve import serve
+from paceline.cli.version import version
+
+app = typer.Typer(
+    add_completion=False,
+    rich_markup_mode=None,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+app.command()(serve)
+app.add_typer(config.app, name="config")
+app.command()(reserve)
+app.command()(pools)
+app.command()(health)
+app.command()(version)
+
+
+@app.callback(invoke_without_command=True)
+def root(
+    context: typer.Context,
+    show_version: Annotated[bool, typer.Option("--version", help="Print the version.")] = False,
+) -> None:
+    """Coordinates the rate limits of LLM APIs for a fleet."""
+    if show_version:
+        version()
+        raise typer.Exit
+    if context.invoked_subcommand is None:
+        say(context.get_help())

@@ -1,0 +1,71 @@
+"""``paceline pools``."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Annotated
+
+import typer
+
+from paceline.cli.console import say, say_json, show, table
+from paceline.cli.remote import DEFAULT_ADDRESS, Address, AsJson, Remote, Seconds, TokenFile, as_dict, connect
+from paceline.cli.words import amount, dimension_word, enum_word, present, window_word
+from paceline_client.stubs import v1 as pb
+
+_COLUMNS = ("pool", "state", "dimension", "window", "limit", "burst", "level", "held", "source", "waiting")
+_NUMBERS = ("limit", "burst", "level", "held", "waiting")
+
+
+def pools(
+    ledger: Annotated[str, typer.Option(help="Only pools of this ledger. Empty: of all.")] = "",
+    as_json: AsJson = False,
+    address: Address = DEFAULT_ADDRESS,
+    token_file: TokenFile = None,
+    token: Annotated[str | None, typer.Option(envvar="PACELINE_TOKEN", hidden=True)] = None,
+    timeout: Seconds = 10.0,
+) -> None:
+    """Show the pools of a server: their limits, and what is left."""
+    with connect(address, token_file, token) as remote:
+        found = list(_all(remote, ledger, timeout))
+    if as_json:
+        say_json([as_dict(pool) for pool in found])
+    elif not found:
+        say("no pools yet: a pool is made when it is configured, or first asked for")
+    else:
+        content = table(*_COLUMNS, right=_NUMBERS)
+        for row in _rows(found):
+            content.add_row(*row)
+        show(content)
+
+
+def _all(remote: Remote, ledger: str, timeout: float) -> Iterator[pb.Pool]:
+    stub = pb.AdminServiceStub(remote.channel)
+    request = pb.ListPoolsRequest(ledger=ledger)
+    while True:
+        page = stub.ListPools(request, timeout=timeout, metadata=remote.metadata)
+        yield from page.pools
+        if not page.next_page_token:
+            return
+        request.page_token = page.next_page_token
+
+
+def _rows(found: list[pb.Pool]) -> Iterator[tuple[str, ...]]:
+    """A row for each limit; what belongs to the pool stands in its first."""
+    for pool in found:
+        name, state = pool.name, enum_word(pb.PoolState, "POOL_STATE_", pool.state)
+        waiting = str(sum(queue.waiting for queue in pool.queues))
+        for limit in pool.limits or (pb.Limit(),):
+            at, dimension = limit.state, limit.state.dimension
+            yield (
+                name,
+                state,
+                dimension_word(dimension) if dimension else "-",
+                window_word(at.window) if at.window else "-",
+                amount(dimension, present(at, "limit")),
+                amount(dimension, present(at, "burst")),
+                amount(dimension, present(at, "level")),
+                amount(dimension, at.held),
+                enum_word(pb.LimitSource, "LIMIT_SOURCE_", limit.source) if limit.source else "-",
+                waiting,
+            )
+            name = state = waiting = ""
