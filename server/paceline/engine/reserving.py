@@ -81,8 +81,9 @@ class Reserving:
         """Nothing fits now."""
         verdicts = [self._judge(option, operation) for option in options]
         option, verdict = min(zip(options, verdicts, strict=True), key=lambda pair: pair[1].severity)
-        if self._observing(option.pool, operation.tenant):
-            self._grant(operation, option, [ticket], 0, _would(operation, verdict))
+        observed = next((one for one in options if self._observing(one.pool, operation.tenant)), None)
+        if observed is not None:
+            self._grant(operation, observed, [ticket], 0, _would(operation, verdict))
         elif verdict.final or operation.max_wait_us <= 0 or verdict.hope_us > operation.max_wait_us:
             self._deny(ticket, verdict.reason, option, verdict)
         elif self.waiting.is_full(operation.tenant):
