@@ -73,7 +73,7 @@ test: env ## everything: environment, lint, stubs, contract, tests
 .PHONY: pytest
 pytest: env ## the tests alone
 	@echo "==> pytest"
-	@$(WITH_TOOLS) python -m pytest -n $(PYTEST_WORKERS) $(PYTEST_ARGS)
+	@$(WITH_TOOLS) python -m pytest -n $(PYTEST_WORKERS) --dist loadgroup $(PYTEST_ARGS)
 
 .PHONY: prove-kill prove-fuzz
 prove-kill: env ## 20,000 pairs while the server is killed 30 times; nothing may be lost (some minutes)
@@ -137,3 +137,16 @@ contract: $(CONTRACT_CHECKS) ## the contract in other languages (skipped where t
 
 $(CONTRACT_CHECKS): contract-%: env
 	@$(call need,$(TOOLS_$*),the contract in $*); echo "==> the contract in $*" && $(WITH_TOOLS) tests/contract/$*/check
+
+# --- to see and to measure -------------------------------------------------------------------------------------
+
+DEMO_SECONDS ?= 30
+
+.PHONY: demo
+demo: env ## eight services on one small quota, live
+	@$(WITH_TOOLS) python -m bench.demo --seconds $(DEMO_SECONDS)
+
+.PHONY: bench
+bench: env ## throughput of the Session, and added latency through the Python client (on an idle machine)
+	@$(WITH_TOOLS) python -m bench.session
+	@$(WITH_TOOLS) python -m bench.latency

@@ -1,0 +1,151 @@
+"""The README does what it says: its commands are run as they stand."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+import signal
+import socket
+import subprocess
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[2]
+README = (ROOT / "README.md").read_text()
+BLOCKS = re.findall(r"^```(\w*)\n(.*?)^```$", README, re.MULTILINE | re.DOTALL)
+SHELL = [line.split("  #")[0].strip() for kind, body in BLOCKS if kind == "sh" for line in body.splitlines()]
+INLINE = re.findall(r"`((?:make|paceline) [^`\n]+)`", README)
+SERVE = ".venv/bin/paceline serve"
+GRPCURL = ROOT / "build" / "contract" / "grpcurl"
+
+
+def run(command: str, seconds: float = 120, folder: Path = ROOT, **environ: str) -> str:
+    """Run a line of the README in a shell; its output."""
+    path = f"{GRPCURL}{os.pathsep}{os.environ['PATH']}"
+    done = subprocess.run(
+        command,
+        shell=True,
+        cwd=folder,
+        env={**os.environ, "PATH": path, **environ},
+        capture_output=True,
+        text=True,
+        timeout=seconds,
+        check=False,
+    )
+    assert done.returncode == 0, f"{command}\n{done.stdout}\n{done.stderr}"
+    return done.stdout
+
+
+def wait_for_port(port: int, process: subprocess.Popen[bytes]) -> None:
+    deadline = time.monotonic() + 30
+    while time.monotonic() < deadline:
+        assert process.poll() is None, "the server ended"
+        with socket.socket() as probe:
+            if probe.connect_ex(("127.0.0.1", port)) == 0:
+                return
+        time.sleep(0.05)
+    raise AssertionError("the server does not listen")
+
+
+@pytest.fixture(scope="module")
+def served() -> Iterator[None]:
+    """The README's server, on its own port."""
+    process = subprocess.Popen([*SERVE.split()], cwd=ROOT, stdout=subprocess.DEVNULL)
+    try:
+        wait_for_port(7133, process)
+        yield
+    finally:
+        process.send_signal(signal.SIGTERM)
+        process.wait(40)
+
+
+def test_every_command_is_known_here() -> None:
+    assert SHELL[:2] == ["make env", SERVE]
+    assert [line.split()[0] for line in SHELL[2:]] == ["grpcurl", ".venv/bin/paceline"]
+    told = {" ".join(line.split()[:2]) for line in INLINE}
+    assert told == {"make demo", "make test", "paceline serve", "paceline config", "paceline pools"}
+
+
+@pytest.mark.timeout(300)
+def test_the_environment_is_made() -> None:
+    run("make env", 280)
+
+
+@pytest.mark.process
+@pytest.mark.xdist_group("port-7133")
+def test_the_python_lines(served: None) -> None:
+    (lines,) = [body for kind, body in BLOCKS if kind == "python"]
+    assert len(lines.strip().splitlines()) == 5
+    done = subprocess.run(
+        [ROOT / ".venv" / "bin" / "python", "-W", "error", "-"],
+        input=lines + "assert not grant.local, 'no server was asked'\npaceline.close()\n",
+        capture_output=True,
+        text=True,
+        timeout=30,
+        check=False,
+    )
+    assert (done.returncode, done.stderr) == (0, "")
+
+
+@pytest.mark.process
+@pytest.mark.xdist_group("port-7133")
+@pytest.mark.timeout(400)
+def test_the_grpcurl_line_and_the_pools(served: None) -> None:
+    if shutil.which("grpcurl", path=f"{GRPCURL}{os.pathsep}{os.environ['PATH']}") is None:
+        if shutil.which("go") is None and os.environ.get("CI") != "true":
+            pytest.skip("grpcurl is not installed, and no Go to build it with")
+        run(
+            f"go build -o {GRPCURL / 'grpcurl'} github.com/fullstorydev/grpcurl/cmd/grpcurl",
+            380,
+            ROOT / "tests/contract/go",
+        )
+    answer = json.loads(run(SHELL[2], 30))
+    assert answer["grant"]["pool"] == "anthropic/default/sonnet-5"
+    assert "sonnet-5" in run(SHELL[3], 30, COLUMNS="200")
+
+
+@pytest.mark.process
+@pytest.mark.slow
+@pytest.mark.timeout(120)
+def test_the_demo() -> None:
+    assert "calls granted of" in run("make demo DEMO_SECONDS=6", 110)
+
+
+def test_make_test_is_what_ci_runs() -> None:
+    assert "pytest" in run("make -n test")
+    assert (ROOT / ".ci" / "run").read_text().rstrip().endswith("make test")
+
+
+@pytest.mark.process
+def test_adoption_with_a_file(tmp_path: Path) -> None:
+    """The first two steps of adoption: a file for the books, a checked configuration in observe mode."""
+    paceline = ROOT / ".venv" / "bin" / "paceline"
+    assert "paceline serve --store embedded:paceline.db --config paceline.yaml" in INLINE
+    (mode,) = re.findall(r"`(modes: \{[^`]+\})`", README)
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = free.getsockname()[1]
+    (tmp_path / "paceline.yaml").write_text(f"listen: 127.0.0.1:{port}\n{mode}\n")
+    run(f"{paceline} config check paceline.yaml", 30, tmp_path)
+    run(f"{paceline} config check {ROOT}/docs/config.example.yaml", 30, tmp_path)
+    process = subprocess.Popen(
+        [paceline, "serve", "--store", "embedded:paceline.db", "--config", "paceline.yaml"],
+        cwd=tmp_path,
+        stdout=subprocess.DEVNULL,
+    )
+    try:
+        wait_for_port(port, process)
+    finally:
+        process.send_signal(signal.SIGTERM)
+        assert process.wait(40) == 0
+    assert (tmp_path / "paceline.db").exists()
+
+
+def test_links_lead_somewhere() -> None:
+    links = [link for link in re.findall(r"\]\(([^)#]+)\)", README) if not link.startswith("http")]
+    assert links
+    assert [link for link in links if not (ROOT / link).exists()] == []
