@@ -95,6 +95,8 @@ class Granted(msgspec.Struct, frozen=True, array_like=True, tag="grant"):
     prices: Prices
     index: int
     expires_at: int
+    max_output_tokens: int | None = None
+    """The cap that the caller asked for."""
 
 
 class GrantedTogether(msgspec.Struct, frozen=True, array_like=True, tag="bulk"):

@@ -123,15 +123,16 @@ class Reserving:
         state = self._books.state
         first = keys[0]
         index, expires_in = 0, 0
+        most: int | None = None
         numbers: tuple[int, ...] = ()
         reservation, ended = state.open.get(first), state.ended.get(first)
         if reservation is not None:
-            index, numbers = reservation.index, reservation.buckets
+            index, numbers, most = reservation.index, reservation.buckets, reservation.max_output_tokens
             expires_in = max(0, reservation.expires_at - self._books.now)
         elif ended is not None:
-            index, numbers = ended.index, ended.buckets
+            index, numbers, most = ended.index, ended.buckets, ended.max_output_tokens
         context = self._books.context(key, first, count)
-        return an.Granted(keys, index, expires_in, 0, None, context, self._books.touched(numbers))
+        return an.Granted(keys, index, expires_in, 0, most, context, self._books.touched(numbers))
 
     # -- does it fit --------------------------------------------------------------------------------------------
 
@@ -217,6 +218,7 @@ class Reserving:
             count = self._count_that_fits(option, operation) if would is None else operation.count
             keys = child_keys(operation.key, operation.count)[:count]
         asked = operation.candidates[option.index]
+        most = asked.estimate.max_output_tokens
         overs = option.recipe.overs(option.sizes, option.holds)
         expires_at = books.now + operation.hold_us
         books.advance_all(option.buckets)
@@ -236,6 +238,7 @@ class Reserving:
                     asked.prices,
                     option.index,
                     expires_at,
+                    most,
                 )
             )
             self.granted.append((expires_at, key))
@@ -247,7 +250,7 @@ class Reserving:
             option.index,
             operation.hold_us,
             waited + operation.waited_us,
-            option.sizes.max_output_tokens if asked.estimate.max_output_tokens is not None else None,
+            most,
             op.Context(
                 books.state.ledger,
                 operation.key,

@@ -45,6 +45,8 @@ class Reservation(msgspec.Struct, frozen=True, array_like=True, gc=False):
     ordinal: int
     output_tokens: int | None = None
     """Output reported by Renew so far."""
+    max_output_tokens: int | None = None
+    """The cap that the caller asked for."""
 
 
 class Ended(msgspec.Struct, frozen=True, array_like=True, gc=False):
@@ -59,7 +61,7 @@ class Ended(msgspec.Struct, frozen=True, array_like=True, gc=False):
     overs: tuple[int, ...] = ()
     cost: int = 0
     index: int = 0
-    max_output_tokens: int = 0
+    max_output_tokens: int | None = None
     granted_at: int | None = None
     ordinal: int = 0
     prices: Prices = Prices()
@@ -318,6 +320,7 @@ class State:
             self.at,
             event.expires_at,
             ordinal,
+            max_output_tokens=event.max_output_tokens,
         )
         self.open[event.key] = reservation
         self.open_in[event.pool][event.key] = reservation
@@ -383,7 +386,7 @@ class State:
             overs,
             cost,
             reservation.index,
-            reservation.sizes.max_output_tokens,
+            reservation.max_output_tokens,
             reservation.granted_at,
             reservation.ordinal,
             reservation.prices,
