@@ -25,7 +25,7 @@ class UsageKind(IntEnum):
     MISSING = 3
 
 
-class Estimate(msgspec.Struct, frozen=True, array_like=True):
+class Estimate(msgspec.Struct, frozen=True, array_like=True, gc=False):
     """What a call is expected to cost, in the provider's own counting. ``None`` is unknown; zero is zero.
 
     ``input_tokens`` is what will be counted as uncached input (cache writes included); ``cached_input_tokens`` are
@@ -39,7 +39,7 @@ class Estimate(msgspec.Struct, frozen=True, array_like=True):
     max_output_tokens: int | None = None
 
 
-class Sizes(msgspec.Struct, frozen=True, array_like=True):
+class Sizes(msgspec.Struct, frozen=True, array_like=True, gc=False):
     """An estimate with every gap filled. Tokens, except ``requests``."""
 
     requests: int
@@ -49,7 +49,7 @@ class Sizes(msgspec.Struct, frozen=True, array_like=True):
     max_output_tokens: int
 
 
-class Usage(msgspec.Struct, frozen=True, array_like=True):
+class Usage(msgspec.Struct, frozen=True, array_like=True, gc=False):
     """What a call did cost, as the provider's response states it. Tokens, except ``requests``."""
 
     requests: int = 1
@@ -59,7 +59,7 @@ class Usage(msgspec.Struct, frozen=True, array_like=True):
     output_tokens: int = 0
 
 
-class Rule(msgspec.Struct, frozen=True, array_like=True):
+class Rule(msgspec.Struct, frozen=True, array_like=True, gc=False):
     """How one dimension is charged. Weights in thousandths; absent quantities weigh nothing.
 
     ``settle_as_held`` says that the upstream never corrects the first charge (OpenAI's token limit).
@@ -101,7 +101,7 @@ class Rule(msgspec.Struct, frozen=True, array_like=True):
         )
 
 
-class Prices(msgspec.Struct, frozen=True, array_like=True):
+class Prices(msgspec.Struct, frozen=True, array_like=True, gc=False):
     """Prices in nano-dollars per million tokens ($3 per million tokens is 3,000,000,000)."""
 
     input_tokens: int = 0
@@ -129,7 +129,7 @@ class Prices(msgspec.Struct, frozen=True, array_like=True):
         return -(-total // TOKENS_PER_PRICE)
 
 
-class Profile(msgspec.Struct, frozen=True, array_like=True):
+class Profile(msgspec.Struct, frozen=True, array_like=True, gc=False):
     """One provider's counting, with the sizes assumed for what a caller leaves out.
 
     ``estimate_slack`` bounds, in thousandths, by what factor our estimate of a call's input, the upstream's own, and

@@ -30,7 +30,7 @@ class Reason(IntEnum):
     """The upstream asked to be left alone for a while."""
 
 
-class DimensionState(msgspec.Struct, frozen=True, array_like=True):
+class DimensionState(msgspec.Struct, frozen=True, array_like=True, gc=False):
     """One dimension at the end of the batch. ``share`` is empty for the pool's own limit."""
 
     pool: str
@@ -43,7 +43,7 @@ class DimensionState(msgspec.Struct, frozen=True, array_like=True):
     held: int
 
 
-class Touched(msgspec.Struct, array_like=True):
+class Touched(msgspec.Struct, array_like=True, gc=False):
     """The dimensions that a decision touched, and the one that binds (least left, relative to its limit).
 
     One object serves all answers of a step that touched the same; it is filled when the step ends.
@@ -53,14 +53,14 @@ class Touched(msgspec.Struct, array_like=True):
     dimensions: tuple[DimensionState, ...] = ()
 
 
-class Would(msgspec.Struct, frozen=True, array_like=True):
+class Would(msgspec.Struct, frozen=True, array_like=True, gc=False):
     """In observe mode: what ``enforce`` would have done. No reason and no wait: granted at once."""
 
     reason: Reason | None = None
     wait_us: int = 0
 
 
-class Granted(msgspec.Struct, frozen=True, tag=True):
+class Granted(msgspec.Struct, frozen=True, tag=True, gc=False):
     """A grant. ``keys`` are the reservations: the key asked for, or those of the calls of a bulk grant."""
 
     keys: tuple[str, ...]
@@ -73,7 +73,7 @@ class Granted(msgspec.Struct, frozen=True, tag=True):
     would: Would | None = None
 
 
-class Denied(msgspec.Struct, frozen=True, tag=True):
+class Denied(msgspec.Struct, frozen=True, tag=True, gc=False):
     """A denial. ``retry_after_us`` of ``None``: coming back will not help."""
 
     reason: Reason
@@ -83,7 +83,7 @@ class Denied(msgspec.Struct, frozen=True, tag=True):
     touched: Touched
 
 
-class Committed(msgspec.Struct, frozen=True, tag=True):
+class Committed(msgspec.Struct, frozen=True, tag=True, gc=False):
     """A settlement: final charges per dimension of the pool, and the cost in nano-dollars.
 
     ``duplicate``: this is the first Commit's answer again. ``late``: booked from the context, or in place of an
@@ -97,7 +97,7 @@ class Committed(msgspec.Struct, frozen=True, tag=True):
     stale: bool = False
 
 
-class Released(msgspec.Struct, frozen=True, tag=True):
+class Released(msgspec.Struct, frozen=True, tag=True, gc=False):
     """A release. ``released``: a hold went back or a waiter was withdrawn. ``tombstone``: the id was not known, and
     can now never be granted. ``late``: the charge of an expiry went back. ``stale``: too old to book.
     """
@@ -109,7 +109,7 @@ class Released(msgspec.Struct, frozen=True, tag=True):
     stale: bool = False
 
 
-class Renewed(msgspec.Struct, frozen=True, tag=True):
+class Renewed(msgspec.Struct, frozen=True, tag=True, gc=False):
     """A renewal. ``ended``: it had been committed or released; ``late``: it had expired, and its charge stands until
     the Commit; ``stale``: too old to say. In all three nothing is extended, and ``expires_in_us`` is zero.
     """
@@ -120,11 +120,11 @@ class Renewed(msgspec.Struct, frozen=True, tag=True):
     stale: bool = False
 
 
-class Done(msgspec.Struct, frozen=True, tag=True):
+class Done(msgspec.Struct, frozen=True, tag=True, gc=False):
     """An administrative change was made."""
 
 
-class Invalid(msgspec.Struct, frozen=True, tag=True):
+class Invalid(msgspec.Struct, frozen=True, tag=True, gc=False):
     """The operation makes no sense in this state; the books are as before. ``field`` names the culprit.
 
     ``full``: it would, but the ledger has no place for more.

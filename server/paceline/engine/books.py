@@ -103,7 +103,7 @@ class Books:
         return recipe
 
     def plan(self, pool: str, shares: tuple[str, ...]) -> tuple[int, ...] | None:
-        """The buckets that a call touches: the pool's, those of its shares' caps, the account's spend.
+        """The buckets that a call touches: the pool's, those of its shares' caps, the account's spend; money last.
 
         Makes those of caps when they are first touched. ``None``: the ledger has no place for them.
         """
@@ -121,15 +121,16 @@ class Books:
         counted = {rule.dimension for rule in state.pools[pool].profile.rules}
         numbers = [number for number in state.pools[pool].buckets if state.buckets[number].dimension in counted]
         wanted: list[tuple[str, str, Limit]] = []
+        money: list[tuple[str, str, Limit]] = []
         for name in shares:
             share = state.shares.get(name)
             for cap in share.caps if share is not None else ():
                 if cap.dimension is Dimension.SPEND:
-                    wanted.append(("", name, cap))
+                    money.append(("", name, cap))
                 elif cap.dimension in counted:
                     wanted.append((pool, name, cap))
-        wanted.append(("", "", Limit(Dimension.SPEND, Window.MONTH, UNLIMITED)))
-        for scope, name, limit in wanted:
+        money.append(("", "", Limit(Dimension.SPEND, Window.MONTH, UNLIMITED)))
+        for scope, name, limit in wanted + money:
             number = state.addresses.get((scope, name, limit.dimension, limit.window))
             if number is None:
                 if len(state.buckets) >= self.caps.buckets:

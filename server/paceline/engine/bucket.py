@@ -103,6 +103,11 @@ class Bucket(msgspec.Struct, array_like=True):
     learned_at: int | None = None
     """When a reading last confirmed a learned limit."""
 
+    @property
+    def is_read(self) -> bool:
+        """Whether readings speak of it."""
+        return not self.share and self.window is Window.MINUTE
+
     # -- time ---------------------------------------------------------------------------------------------------
 
     def refill(self, now: int) -> tuple[int, int]:
@@ -175,8 +180,20 @@ class Bucket(msgspec.Struct, array_like=True):
         if self.constraint is not None and granted_at > self.constraint.until:
             self.constraint.after += more
 
-    def end(self, kind: EndKind, hold: int, charge: int, over: int) -> None:
-        """A hold ended; what it is charged is the business of :meth:`recharge`."""
+    def close(
+        self,
+        kind: EndKind,
+        at: int,
+        granted_at: int,
+        since: int,
+        newest: int,
+        hold: int,
+        over: int,
+        charge: int,
+        forfeit: int,
+        over_now: int,
+    ) -> None:
+        """The hold of a reservation, the ``since``-th, ended at ``at`` with ``charge``."""
         self.held -= hold
         self.over -= over
         if kind is EndKind.SETTLED:
@@ -186,6 +203,10 @@ class Bucket(msgspec.Struct, array_like=True):
             self.refundable += charge
         else:
             self.released += hold
+        if charge != hold:
+            self.recharge(since, newest, hold, charge, forfeit)
+        if self.is_read:
+            self.note_end(at, granted_at, hold, charge, over_now)
 
     def recharge(self, since: int, newest: int, old: int, new: int, forfeit: int) -> None:
         """Put the charge ``new`` in the place of ``old``, of a hold granted at ordinal ``since``."""
@@ -243,8 +264,6 @@ class Bucket(msgspec.Struct, array_like=True):
 
     def note_end(self, at: int, granted_at: int, held: int, charge: int, over: int) -> None:
         """Remember that a call ended at ``at`` with ``charge``, ``over`` less than upstream may have counted."""
-        if self.share or self.window is not Window.MINUTE:
-            return  # No reading ever speaks of it.
         ends = self.ends
         if ends:
             last, total, total_over = ends[-1]

@@ -43,7 +43,7 @@ WINDOW_US = {Window.MINUTE: MINUTE_US, Window.DAY: DAY_US}
 GAUGES = frozenset({Dimension.CONCURRENCY, Dimension.QUEUED_REQUESTS})
 
 
-class Limit(msgspec.Struct, frozen=True, array_like=True):
+class Limit(msgspec.Struct, frozen=True, array_like=True, gc=False):
     """One limit: at most ``amount`` of ``dimension`` per ``window``, saved up to ``burst``.
 
     ``burst`` of ``None`` means a full window's amount. Units: requests, tokens, calls in flight or nano-dollars.

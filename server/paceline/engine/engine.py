@@ -25,6 +25,7 @@ from paceline.engine.settling import Settling
 from paceline.engine.state import State
 from paceline.engine.stats import Stats
 from paceline.engine.teaching import Teacher
+from paceline.engine.waiting import Waiters
 
 __all__ = ["Caps", "Engine", "Step"]
 
@@ -85,6 +86,10 @@ class Engine:
     def waiting(self) -> dict[str, int]:
         """Number of waiters by pool; one that waits for several pools counts in each."""
         return {pool: len(line) for pool, line in self._reserving.waiting.lines.items()}
+
+    def waiters(self) -> Waiters:
+        """Those that wait, to look at."""
+        return Waiters(self._reserving.waiting)
 
     def _wake_at(self) -> int | None:
         times = [at for at in (self._reserving.wake_at(), self._settling.wake_at()) if at is not None]

@@ -30,13 +30,13 @@ class Advanced(msgspec.Struct, frozen=True, array_like=True, tag="adv", gc=False
     carry: int
 
 
-class PoolDefined(msgspec.Struct, frozen=True, array_like=True, tag="pool"):
+class PoolDefined(msgspec.Struct, frozen=True, array_like=True, tag="pool", gc=False):
     pool: str
     profile: Profile
     learn: bool
 
 
-class BucketAdded(msgspec.Struct, frozen=True, array_like=True, tag="bkt"):
+class BucketAdded(msgspec.Struct, frozen=True, array_like=True, tag="bkt", gc=False):
     """A bucket got the next number, holding ``level`` at first. An empty ``pool`` holds over all pools."""
 
     pool: str
@@ -50,12 +50,12 @@ class BucketAdded(msgspec.Struct, frozen=True, array_like=True, tag="bkt"):
     guessed: bool
 
 
-class ShareDefined(msgspec.Struct, frozen=True, array_like=True, tag="share"):
+class ShareDefined(msgspec.Struct, frozen=True, array_like=True, tag="share", gc=False):
     share: str
     caps: tuple[Limit, ...]
 
 
-class LimitMoved(msgspec.Struct, frozen=True, array_like=True, tag="lim"):
+class LimitMoved(msgspec.Struct, frozen=True, array_like=True, tag="lim", gc=False):
     """A limit changed; ``adjusted`` moved the level with it.
 
     ``learned`` says that a reading did it now (else configuration or an operator, whose figures are then
@@ -79,7 +79,7 @@ class LimitClaimed(msgspec.Struct, frozen=True, array_like=True, tag="claim", gc
     amount: int | None
 
 
-class Granted(msgspec.Struct, frozen=True, array_like=True, tag="grant"):
+class Granted(msgspec.Struct, frozen=True, array_like=True, tag="grant", gc=False):
     """A reservation was opened. ``holds`` and ``overs`` go with ``buckets``."""
 
     key: str
@@ -99,14 +99,14 @@ class Granted(msgspec.Struct, frozen=True, array_like=True, tag="grant"):
     """The cap that the caller asked for."""
 
 
-class GrantedTogether(msgspec.Struct, frozen=True, array_like=True, tag="bulk"):
+class GrantedTogether(msgspec.Struct, frozen=True, array_like=True, tag="bulk", gc=False):
     """The reservations of ``keys``, just granted, answer the bulk request ``key``."""
 
     key: str
     keys: tuple[str, ...]
 
 
-class Renewed(msgspec.Struct, frozen=True, array_like=True, tag="renew"):
+class Renewed(msgspec.Struct, frozen=True, array_like=True, tag="renew", gc=False):
     key: str
     expires_at: int
     output_tokens: int | None
@@ -114,7 +114,7 @@ class Renewed(msgspec.Struct, frozen=True, array_like=True, tag="renew"):
     overs: tuple[int, ...]
 
 
-class Settled(msgspec.Struct, frozen=True, array_like=True, tag="settle"):
+class Settled(msgspec.Struct, frozen=True, array_like=True, tag="settle", gc=False):
     """An open reservation ended with ``charges``; of what it gave back, ``forfeits`` were not credited."""
 
     key: str
@@ -124,12 +124,12 @@ class Settled(msgspec.Struct, frozen=True, array_like=True, tag="settle"):
     cost: int
 
 
-class Released(msgspec.Struct, frozen=True, array_like=True, tag="rel"):
+class Released(msgspec.Struct, frozen=True, array_like=True, tag="rel", gc=False):
     key: str
     forfeits: tuple[int, ...]
 
 
-class Expired(msgspec.Struct, frozen=True, array_like=True, tag="exp"):
+class Expired(msgspec.Struct, frozen=True, array_like=True, tag="exp", gc=False):
     """An open reservation ran out; ``charges`` stay."""
 
     key: str
@@ -139,7 +139,7 @@ class Expired(msgspec.Struct, frozen=True, array_like=True, tag="exp"):
     cost: int
 
 
-class Replaced(msgspec.Struct, frozen=True, array_like=True, tag="late"):
+class Replaced(msgspec.Struct, frozen=True, array_like=True, tag="late", gc=False):
     """A late usage took the place of what an ended reservation was charged; ``released``: that it was never made."""
 
     key: str
@@ -150,7 +150,7 @@ class Replaced(msgspec.Struct, frozen=True, array_like=True, tag="late"):
     released: bool = False
 
 
-class Booked(msgspec.Struct, frozen=True, array_like=True, tag="book"):
+class Booked(msgspec.Struct, frozen=True, array_like=True, tag="book", gc=False):
     """A call was booked that had no open reservation here. An empty ``key`` is not remembered."""
 
     key: str
@@ -163,7 +163,7 @@ class Booked(msgspec.Struct, frozen=True, array_like=True, tag="book"):
     cost: int
 
 
-class Tombstoned(msgspec.Struct, frozen=True, array_like=True, tag="tomb"):
+class Tombstoned(msgspec.Struct, frozen=True, array_like=True, tag="tomb", gc=False):
     key: str
 
 
@@ -180,7 +180,7 @@ class Corrected(msgspec.Struct, frozen=True, array_like=True, tag="fix", gc=Fals
     adjusted: int
 
 
-class ReadingKept(msgspec.Struct, frozen=True, array_like=True, tag="read"):
+class ReadingKept(msgspec.Struct, frozen=True, array_like=True, tag="read", gc=False):
     """A reading stands for a bucket from now on (``None``: none does)."""
 
     bucket: int
@@ -193,7 +193,7 @@ class LimitConfirmed(msgspec.Struct, frozen=True, array_like=True, tag="conf", g
     bucket: int
 
 
-class PoolBlocked(msgspec.Struct, frozen=True, array_like=True, tag="block"):
+class PoolBlocked(msgspec.Struct, frozen=True, array_like=True, tag="block", gc=False):
     """The upstream wants no call to the pool until ``until``; ``closed`` if for its spend cap."""
 
     pool: str
@@ -201,12 +201,12 @@ class PoolBlocked(msgspec.Struct, frozen=True, array_like=True, tag="block"):
     closed: bool
 
 
-class PoolPaused(msgspec.Struct, frozen=True, array_like=True, tag="pause"):
+class PoolPaused(msgspec.Struct, frozen=True, array_like=True, tag="pause", gc=False):
     pool: str
     paused: bool
 
 
-class ModeSet(msgspec.Struct, frozen=True, array_like=True, tag="mode"):
+class ModeSet(msgspec.Struct, frozen=True, array_like=True, tag="mode", gc=False):
     pool: str
     tenant: str
     mode: Mode | None

@@ -54,7 +54,7 @@ class Refusal(IntEnum):
     OTHER = 4
 
 
-class Reading(msgspec.Struct, frozen=True, array_like=True):
+class Reading(msgspec.Struct, frozen=True, array_like=True, gc=False):
     """What one response said of one dimension.
 
     ``remaining`` may be off by half of ``rounding`` (0: exact). ``reset_us`` is the time from the reading to a full
@@ -69,7 +69,7 @@ class Reading(msgspec.Struct, frozen=True, array_like=True):
     reset_error_us: int = 0
 
 
-class Observation(msgspec.Struct, frozen=True, array_like=True):
+class Observation(msgspec.Struct, frozen=True, array_like=True, gc=False):
     """What one response said of the limits, ``age_us`` after the caller had received its headers.
 
     ``retry_after_us`` goes with ``refusal``; ``refused`` is the dimension that the refusal names, if it names one.
@@ -82,7 +82,7 @@ class Observation(msgspec.Struct, frozen=True, array_like=True):
     retry_after_us: int | None = None
 
 
-class Outcome(msgspec.Struct, frozen=True, array_like=True):
+class Outcome(msgspec.Struct, frozen=True, array_like=True, gc=False):
     """What became of a call. ``usage`` is ``None`` exactly when ``usage_kind`` is ``MISSING``."""
 
     disposition: Disposition
@@ -91,7 +91,7 @@ class Outcome(msgspec.Struct, frozen=True, array_like=True):
     observation: Observation | None = None
 
 
-class Candidate(msgspec.Struct, frozen=True, array_like=True):
+class Candidate(msgspec.Struct, frozen=True, array_like=True, gc=False):
     """One way to serve a call: a pool, the shares it counts against there (outermost first), and its size."""
 
     pool: str
@@ -100,7 +100,7 @@ class Candidate(msgspec.Struct, frozen=True, array_like=True):
     prices: Prices = NO_PRICES
 
 
-class Context(msgspec.Struct, frozen=True, array_like=True):
+class Context(msgspec.Struct, frozen=True, array_like=True, gc=False):
     """What a grant said, enough to book its Commit in a ledger that has forgotten it.
 
     ``charges`` are the frozen holds of one call, by dimension; ``granted_at`` is ledger time in µs. The context of a
@@ -119,7 +119,7 @@ class Context(msgspec.Struct, frozen=True, array_like=True):
     count: int = 1
 
 
-class Reserve(msgspec.Struct, frozen=True, tag=True):
+class Reserve(msgspec.Struct, frozen=True, tag=True, gc=False):
     """Hold the first candidate that fits, now or within ``max_wait_us``.
 
     ``count`` > 1 asks for that many reservations at once (``partial``: as many as fit, at least one).
@@ -137,7 +137,7 @@ class Reserve(msgspec.Struct, frozen=True, tag=True):
     waited_us: int = 0
 
 
-class Commit(msgspec.Struct, frozen=True, tag=True):
+class Commit(msgspec.Struct, frozen=True, tag=True, gc=False):
     """Settle a reservation. ``context`` books it if the ledger does not know ``key``."""
 
     key: str
@@ -145,14 +145,14 @@ class Commit(msgspec.Struct, frozen=True, tag=True):
     context: Context | None = None
 
 
-class Release(msgspec.Struct, frozen=True, tag=True):
+class Release(msgspec.Struct, frozen=True, tag=True, gc=False):
     """The call was never made: give everything back, withdraw a waiting one, or leave a tombstone."""
 
     key: str
     context: Context | None = None
 
 
-class Renew(msgspec.Struct, frozen=True, tag=True):
+class Renew(msgspec.Struct, frozen=True, tag=True, gc=False):
     """The call goes on: a new expiry (``None`` keeps it), output so far, an early observation."""
 
     key: str
@@ -162,7 +162,7 @@ class Renew(msgspec.Struct, frozen=True, tag=True):
     observation: Observation | None = None
 
 
-class Observe(msgspec.Struct, frozen=True, tag=True):
+class Observe(msgspec.Struct, frozen=True, tag=True, gc=False):
     """Book and learn from a call that was made without a grant. A ``key`` is booked once; empty is not remembered."""
 
     candidate: Candidate
@@ -172,13 +172,13 @@ class Observe(msgspec.Struct, frozen=True, tag=True):
     key: str = ""
 
 
-class Expire(msgspec.Struct, frozen=True, tag=True):
+class Expire(msgspec.Struct, frozen=True, tag=True, gc=False):
     """An operator gives up on a caller: end its hold as if its time were up. A late Commit replaces its charge."""
 
     key: str
 
 
-class DefinePool(msgspec.Struct, frozen=True, tag=True):
+class DefinePool(msgspec.Struct, frozen=True, tag=True, gc=False):
     """Create a pool, or bring it to a new definition without touching what it has learned beyond that.
 
     ``fill`` is how full its limits start, in thousandths: the upstream's level is not known before the first answer.
@@ -193,20 +193,20 @@ class DefinePool(msgspec.Struct, frozen=True, tag=True):
     guessed: bool = False
 
 
-class DefineShare(msgspec.Struct, frozen=True, tag=True):
+class DefineShare(msgspec.Struct, frozen=True, tag=True, gc=False):
     """Create or change a share: caps per dimension in each pool; a ``SPEND`` cap holds over all pools."""
 
     share: str
     caps: tuple[Limit, ...] = ()
 
 
-class DefineSpend(msgspec.Struct, frozen=True, tag=True):
+class DefineSpend(msgspec.Struct, frozen=True, tag=True, gc=False):
     """Set the account's monthly spend cap in nano-dollars; ``None`` only counts."""
 
     cap: int | None = None
 
 
-class SetLimit(msgspec.Struct, frozen=True, tag=True):
+class SetLimit(msgspec.Struct, frozen=True, tag=True, gc=False):
     """An operator's override of one limit of a pool; ``None`` lifts it and lets learning rule again."""
 
     pool: str
@@ -214,7 +214,7 @@ class SetLimit(msgspec.Struct, frozen=True, tag=True):
     limit: Limit | None
 
 
-class SetMode(msgspec.Struct, frozen=True, tag=True):
+class SetMode(msgspec.Struct, frozen=True, tag=True, gc=False):
     """Enforce or observe, for a pool and a tenant. Empty means every; the most specific wins; ``None`` unsets."""
 
     mode: Mode | None
@@ -222,13 +222,13 @@ class SetMode(msgspec.Struct, frozen=True, tag=True):
     tenant: str = ""
 
 
-class DefineModes(msgspec.Struct, frozen=True, tag=True):
+class DefineModes(msgspec.Struct, frozen=True, tag=True, gc=False):
     """What the configuration says of modes, as (pool, tenant, mode); whatever else was set is unset."""
 
     modes: tuple[tuple[str, str, Mode], ...]
 
 
-class SetPaused(msgspec.Struct, frozen=True, tag=True):
+class SetPaused(msgspec.Struct, frozen=True, tag=True, gc=False):
     """Pause or resume a pool. A paused pool grants nothing; what is open settles as always."""
 
     pool: str

@@ -8,7 +8,7 @@ the cap of their own share stops do not stop the others.
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Collection
+from collections.abc import Collection, Iterator
 
 import msgspec
 
@@ -17,7 +17,7 @@ from paceline.engine.operations import Reserve
 from paceline.engine.recipe import Recipe
 
 
-class Option(msgspec.Struct, eq=False):
+class Option(msgspec.Struct, eq=False, gc=False):
     """One candidate of a waiter: its place in the request, its pool, and what it would hold in which buckets."""
 
     index: int
@@ -32,15 +32,18 @@ class Option(msgspec.Struct, eq=False):
 
 
 class Waiter:
-    """A Reserve that waits in the lines of all its options; ``tickets`` are all callers that sent it."""
+    """A Reserve that waits in the lines of all its options; ``tickets`` are all callers that sent it.
 
-    __slots__ = ("operation", "options", "serial", "since", "tickets", "waiting")
+    ``deadline`` is the latest that any of them has given.
+    """
+
+    __slots__ = ("deadline", "operation", "options", "serial", "since", "tickets", "waiting")
 
     def __init__(self, operation: Reserve, options: tuple[Option, ...], ticket: int, since: int, serial: int) -> None:
         self.operation = operation
         self.options = options
         self.tickets = [ticket]
-        self.since = since
+        self.since = self.deadline = since
         self.serial = serial
         self.waiting = True
 
@@ -76,6 +79,10 @@ class FirstComeFirstServed:
 
     def __len__(self) -> int:
         return self._size
+
+    def __iter__(self) -> Iterator[Waiter]:
+        """All that wait, lane by lane; one with several options here comes up once for each."""
+        return (waiter for lane in self._lanes.values() for waiter, option in lane.line if option.open)
 
     def push(self, waiter: Waiter, option: Option) -> None:
         """Stand behind all that came before."""

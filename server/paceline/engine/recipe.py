@@ -1,4 +1,7 @@
-"""How a call is charged in each of the buckets that it touches: a profile laid out over a plan, once for many calls."""
+"""How a call is charged in each of the buckets that it touches: a profile laid out over a plan, once for many calls.
+
+This is on the path of every call, so weights are laid out as tuples and summed in one expression per list.
+"""
 
 from __future__ import annotations
 
@@ -35,26 +38,56 @@ def _kind(dimension: Dimension) -> Kind:
 
 
 class Recipe:
-    """Charges of one pool's profile in the buckets ``numbers``. A dimension that the profile does not count is free."""
+    """Charges of one pool's profile in the buckets ``numbers``. A dimension that the profile does not count is free.
 
-    __slots__ = ("_kinds", "_rules", "_slack", "numbers", "own", "spend")
+    Buckets of money come last (see :meth:`paceline.engine.books.Books.plan`).
+    """
+
+    __slots__ = ("_counted", "_holds", "_kept", "_overs", "_settles", "_spends", "numbers", "own", "spend")
 
     def __init__(self, profile: Profile, numbers: tuple[int, ...], buckets: Sequence[Bucket]) -> None:
         rules = {rule.dimension: rule for rule in profile.rules}
         dimensions = [buckets[number].dimension for number in numbers]
+        counted = [dimension for dimension in dimensions if dimension is not Dimension.SPEND]
+        if dimensions[: len(counted)] != counted:
+            raise ValueError("buckets of money must come last")
+        laid_out = [(_kind(dimension), rules.get(dimension, Rule(dimension))) for dimension in counted]
+        slack = profile.estimate_slack - WEIGHT_ONE
         self.numbers = numbers
-        self._slack = profile.estimate_slack - WEIGHT_ONE
-        self._kinds = tuple(_kind(dimension) for dimension in dimensions)
-        self._rules = tuple(rules.get(dimension, Rule(dimension)) for dimension in dimensions)
-        places = {
-            dimension: place
-            for place, (number, dimension) in enumerate(zip(numbers, dimensions, strict=True))
-            if not buckets[number].share
-        }
+        self._counted = len(counted)
+        self._spends = len(dimensions) - len(counted)
+        self._holds = tuple(
+            (rule.hold_requests, rule.hold_input, rule.hold_cached, rule.hold_output, rule.hold_max_output)
+            for _, rule in laid_out
+        )
+        self._settles = tuple(
+            (
+                rule.settle_requests,
+                rule.settle_input,
+                rule.settle_cache_read,
+                rule.settle_cache_write,
+                rule.settle_output,
+            )
+            for _, rule in laid_out
+        )
+        self._kept = tuple(
+            (place, kind is Kind.GAUGE)
+            for place, (kind, rule) in enumerate(laid_out)
+            if kind is Kind.GAUGE or rule.settle_as_held
+        )
+        """Places whose charge is not a matter of usage: nothing for gauges, else the hold."""
+        self._overs = tuple(
+            (slack if kind is Kind.ESTIMATED else 0, rule.settle_output if kind is Kind.OUTPUT else 0)
+            for kind, rule in laid_out
+        )
+        """For each place: slack of estimates, weight of output that may yet come."""
+        places: dict[Dimension, int] = {}
+        for place, (number, dimension) in enumerate(zip(numbers, dimensions, strict=True)):
+            if not buckets[number].share:
+                places.setdefault(dimension, place)
         self.own = tuple((place, dimension) for dimension, place in places.items())
         """One place for each dimension of the pool and for the account's spend, without those of shares."""
-
-        self.spend = next(place for place, dimension in self.own if dimension is Dimension.SPEND)
+        self.spend = places[Dimension.SPEND]
         """Place of the account's spend."""
 
     def by_dimension(self, amounts: tuple[int, ...]) -> tuple[tuple[Dimension, int], ...]:
@@ -63,25 +96,23 @@ class Recipe:
 
     def holds(self, sizes: Sizes, prices: Prices) -> tuple[int, ...]:
         """What a call of these sizes holds."""
-        return tuple(
-            [
-                prices.expected_cost(sizes) if kind is Kind.SPEND else rule.hold(sizes)
-                for kind, rule in zip(self._kinds, self._rules, strict=True)
-            ]
-        )
+        requests, uncached, cached = sizes.requests, sizes.input_tokens, sizes.cached_input_tokens
+        output, most = sizes.output_tokens, sizes.max_output_tokens
+        holds = [
+            -(-(a * requests + b * uncached + c * cached + d * output + e * most) // WEIGHT_ONE)
+            for a, b, c, d, e in self._holds
+        ]
+        holds += [prices.expected_cost(sizes)] * self._spends
+        return tuple(holds)
 
     def overs(self, sizes: Sizes, holds: tuple[int, ...]) -> tuple[int, ...]:
         """By how much upstream's count may exceed each hold while the call is open."""
-        overs = []
-        for place, kind in enumerate(self._kinds):
-            if kind is Kind.ESTIMATED:
-                overs.append(-(-holds[place] * self._slack // WEIGHT_ONE))
-            elif kind is Kind.OUTPUT:
-                rule = self._rules[place]
-                more = sizes.max_output_tokens - sizes.output_tokens
-                overs.append(-(-rule.settle_output * more // WEIGHT_ONE) if more > 0 else 0)
-            else:
-                overs.append(0)
+        more = sizes.max_output_tokens - sizes.output_tokens
+        overs = [
+            -(-(hold * slack + more * output) // WEIGHT_ONE)
+            for hold, (slack, output) in zip(holds, self._overs)  # noqa: B905 -- money has no place there
+        ]
+        overs += [0] * self._spends
         return tuple(overs)
 
     def charges(
@@ -92,22 +123,23 @@ class Recipe:
         Without usage what was held stands, but for gauges. ``most_output`` is what the call may have produced (tokens),
         ``None`` if its usage is final.
         """
-        charges, overs = [], []
-        for place, kind in enumerate(self._kinds):
-            hold = holds[place]
-            over = 0
-            if kind is Kind.GAUGE:
-                charge = 0
-            elif usage is None:
-                charge = hold
-            elif kind is Kind.SPEND:
-                charge = prices.cost(usage)
-            else:
-                charge = self._rules[place].settle(usage, hold)
-            if kind is Kind.ESTIMATED:
-                over = -(-charge * self._slack // WEIGHT_ONE)
-            elif kind is Kind.OUTPUT and most_output is not None:
-                over = max(0, -(-self._rules[place].settle_output * most_output // WEIGHT_ONE) - charge)
-            charges.append(charge)
-            overs.append(over)
-        return tuple(charges), tuple(overs)
+        if usage is None:
+            charges = list(holds[: self._counted])
+            costs = list(holds[self._counted :])
+        else:
+            requests, uncached, read = usage.requests, usage.input_tokens, usage.cache_read_tokens
+            written, output = usage.cache_write_tokens, usage.output_tokens
+            charges = [
+                -(-(a * requests + b * uncached + c * read + d * written + e * output) // WEIGHT_ONE)
+                for a, b, c, d, e in self._settles
+            ]
+            costs = [prices.cost(usage)] * self._spends
+        for place, is_gauge in self._kept:
+            charges[place] = 0 if is_gauge else holds[place]
+        overs = [-(-charge * slack // WEIGHT_ONE) for charge, (slack, _) in zip(charges, self._overs, strict=True)]
+        if most_output is not None:
+            for place, (_, weight) in enumerate(self._overs):
+                if weight:
+                    overs[place] = max(0, -(-weight * most_output // WEIGHT_ONE) - charges[place])
+        overs += [0] * self._spends
+        return tuple(charges + costs), tuple(overs)

@@ -261,7 +261,7 @@ class Settling:
         for number, hold, charge in zip(numbers, holds, charges, strict=True):
             bucket = buckets[number]
             back = hold - charge
-            if back <= 0:
+            if back <= 0 or (not bucket.peaks.levels and bucket.level + back < bucket.burst and ended_at is None):
                 forfeits.append(0)
             elif ended_at is not None and bucket.window is Window.MONTH and ended_at < bucket.turned_at:
                 forfeits.append(back)

@@ -369,30 +369,41 @@ class State:
         reservation = self.open.pop(key)
         del self.open_in[reservation.pool][key]
         buckets, at, newest = self.buckets, self.at, self.ordinal
+        granted_at, ordinal = reservation.granted_at, reservation.ordinal
         for number, hold, over, charge, forfeit, over_now in zip(
             reservation.buckets, reservation.holds, reservation.overs, charges, forfeits, overs, strict=True
         ):
-            bucket = buckets[number]
-            bucket.end(kind, hold, charge, over)
-            bucket.recharge(reservation.ordinal, newest, hold, charge, forfeit)
-            bucket.note_end(at, reservation.granted_at, hold, charge, over_now)
-        self.ended[key] = Ended(
+            buckets[number].close(kind, at, granted_at, ordinal, newest, hold, over, charge, forfeit, over_now)
+        self.ended[key] = self._remembered(reservation, kind, charges, overs, cost)
+
+    def _remembered(
+        self,
+        reservation: Reservation,
+        kind: EndKind,
+        charges: tuple[int, ...],
+        overs: tuple[int, ...],
+        cost: int,
+    ) -> Ended:
+        """What is kept of a reservation that ended. A settled one is only ever answered again, and keeps less."""
+        final = kind is EndKind.SETTLED
+        return Ended(
             kind,
-            at,
+            self.at,
             reservation.pool,
             reservation.shares,
             reservation.buckets,
             charges,
-            overs,
+            () if final else overs,
             cost,
             reservation.index,
             reservation.max_output_tokens,
             reservation.granted_at,
             reservation.ordinal,
             reservation.prices,
-            sizes=reservation.sizes,
-            output_tokens=reservation.output_tokens,
-            holds=reservation.holds,
+            (),
+            None if final else reservation.sizes,
+            None if final else reservation.output_tokens,
+            () if final else reservation.holds,
         )
 
     def _replaced(self, event: ev.Replaced) -> None:
@@ -418,7 +429,8 @@ class State:
         for number, charge, over in zip(event.buckets, event.charges, event.overs, strict=True):
             bucket = self.buckets[number]
             bucket.book(self.ordinal, charge)
-            bucket.note_end(self.at, event.granted_at, 0, charge, over)
+            if bucket.is_read:
+                bucket.note_end(self.at, event.granted_at, 0, charge, over)
         if event.key:
             self.ended.pop(event.key, None)
             self.ended[event.key] = Ended(

@@ -32,12 +32,15 @@ class Stats:
 
     def granted(self, pool: str, priority: Priority, count: int, waited_us: int, would: Would | None) -> None:
         address = (pool, priority)
-        self.grants[address] += count
         cells = self.waits.get(address)
         if cells is None:
             cells = self.waits[address] = [0] * (len(WAIT_BOUNDS_US) + 1)
-        cells[bisect_left(WAIT_BOUNDS_US, waited_us)] += count
-        self.wait_sum_us[address] += waited_us * count
+        self.grants[address] += count
+        if waited_us:
+            cells[bisect_left(WAIT_BOUNDS_US, waited_us)] += count
+            self.wait_sum_us[address] += waited_us * count
+        else:
+            cells[0] += count
         if would is not None:
             if would.reason is not None:
                 self.would_deny[pool, would.reason] += count

@@ -5,12 +5,42 @@ from __future__ import annotations
 from collections.abc import Iterator
 from heapq import heapify, heappop, heappush
 
+import msgspec
+
+from paceline.engine.accounting import Sizes
 from paceline.engine.books import Caps
-from paceline.engine.operations import Reserve
+from paceline.engine.operations import Priority, Reserve
 from paceline.engine.queue import FirstComeFirstServed, Option, Waiter
 
 _SPARE = 1_024
 """Deadlines of waiters that left, kept beyond as many as wait, before they are swept."""
+
+
+class Pending(msgspec.Struct, frozen=True):
+    """A waiting Reserve as others see it.
+
+    ``pools`` are those that it still waits for, in the caller's order; ``shares`` and ``sizes`` go with the first.
+    ``since`` counts what it had waited before this process; ``deadline`` is the latest that any of its callers gave.
+    """
+
+    key: str
+    pools: tuple[str, ...]
+    shares: tuple[str, ...]
+    sizes: Sizes
+    tenant: str
+    route: str
+    priority: Priority
+    since: int
+    deadline: int
+    ordinal: int
+    """Grows with every arrival."""
+
+
+class Queued(msgspec.Struct, frozen=True):
+    """How many wait, and since when the oldest of them does."""
+
+    count: int
+    since: int
 
 
 class Waiting:
@@ -24,6 +54,13 @@ class Waiting:
         self._of_tenant: dict[str, int] = {}
         self._deadlines: list[tuple[int, int, int, Waiter]] = []
         self._serial = 0
+
+    def __len__(self) -> int:
+        return len(self._waiters)
+
+    def __iter__(self) -> Iterator[Waiter]:
+        """Those that wait, in the order of arrival. They may come and go meanwhile."""
+        return (waiter for waiter in list(self._waiters.values()) if waiter.waiting)
 
     def __contains__(self, key: str) -> bool:
         return key in self._waiters
@@ -98,7 +135,53 @@ class Waiting:
 
     def _watch(self, waiter: Waiter, ticket: int, deadline: int) -> None:
         self._serial += 1
+        waiter.deadline = max(waiter.deadline, deadline)
         heappush(self._deadlines, (deadline, self._serial, ticket, waiter))
         if len(self._deadlines) > 2 * self._caps.tickets_per_waiter * len(self._waiters) + _SPARE:
             self._deadlines = [entry for entry in self._deadlines if entry[3].waiting]
             heapify(self._deadlines)
+
+
+class Waiters:
+    """Those that wait, to look at: changes nothing, and always shows the present."""
+
+    def __init__(self, waiting: Waiting) -> None:
+        self._waiting = waiting
+
+    def __len__(self) -> int:
+        return len(self._waiting)
+
+    def __iter__(self) -> Iterator[Pending]:
+        """In the order of arrival. Whoever leaves before its turn comes up is left out."""
+        return map(_pending, self._waiting)
+
+    def get(self, key: str) -> Pending | None:
+        """The one of this key."""
+        return _pending(self._waiting[key]) if key in self._waiting else None
+
+    def queue(self, pool: str) -> dict[Priority, Queued]:
+        """Those of one pool, by priority; nothing for a priority of which none waits."""
+        since: dict[Priority, list[int]] = {}
+        for waiter in set(self._waiting.lines.get(pool, ())):
+            since.setdefault(waiter.operation.priority, []).append(_since(waiter))
+        return {priority: Queued(len(since[priority]), min(since[priority])) for priority in sorted(since)}
+
+
+def _pending(waiter: Waiter) -> Pending:
+    operation, first = waiter.operation, waiter.options[0]
+    return Pending(
+        operation.key,
+        tuple(dict.fromkeys(option.pool for option in waiter.options)),
+        first.shares,
+        first.sizes,
+        operation.tenant,
+        operation.route,
+        operation.priority,
+        _since(waiter),
+        waiter.deadline,
+        waiter.serial,
+    )
+
+
+def _since(waiter: Waiter) -> int:
+    return max(0, waiter.since - waiter.operation.waited_us)
