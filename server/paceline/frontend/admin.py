@@ -17,7 +17,7 @@ from typing import Protocol, TypeVar
 import grpc
 from google.protobuf.message import DecodeError, Message
 
-from paceline.engine.answers import Answer, Invalid
+from paceline.engine.answers import Answer, Invalid, Released
 from paceline.engine.bucket import Bucket
 from paceline.engine.dimensions import GAUGES, UNLIMITED, Dimension, Limit, Window
 from paceline.engine.operations import (
@@ -31,6 +31,7 @@ from paceline.engine.operations import (
     SetPaused,
 )
 from paceline.engine.state import Ended, Pool, Reservation, State
+from paceline.engine.waiting import Pending
 from paceline.frontend import view
 from paceline.frontend.auth import Authenticator
 from paceline.frontend.desk import problem_of
@@ -65,6 +66,10 @@ _MAX_LIMIT = 1_000_000_000_000_000
 M = TypeVar("M", bound=Message)
 T = TypeVar("T")
 R = TypeVar("R", contravariant=True)
+
+_Found = Pending | Reservation | Ended
+_WAITING, _OPEN, _ENDED = -1, 0, 1
+"""Parts of a list, in the order of a life: whoever moves on while pages are read may come twice, but is not missed."""
 
 
 class Admin:
@@ -321,80 +326,83 @@ class Admin:
         size = _size(request.page_size)
         skip_ledger, skip_part, skip_at, skip_key = _unpack(request.page_token)
         response = pb.ListReservationsResponse()
+        last = ("", 0, -1, "")
         for slot, state in self._books(request.ledger):
             if slot.account < skip_ledger:
                 continue
             here = slot.account == skip_ledger
             latest = slot.owner.now() - least_age
-            for part, entries in ((0, self._opened(state, wanted)), (1, self._ended(state, wanted))):
+            for part in (_WAITING, _OPEN, _ENDED):
                 if here and part < skip_part:
                     continue
                 resume = here and part == skip_part
                 seen = 0
-                for key, found in entries:
+                for at, key, found in self._part(slot, state, part, wanted):
                     seen += 1
                     if seen % _CHUNK == 0:
                         await asyncio.sleep(0)
-                    at = found.ordinal if isinstance(found, Reservation) else found.ended_at
                     if resume:
                         if at < skip_at or (at == skip_at and key != skip_key):
                             continue
                         resume = False
                         if key == skip_key:
                             continue
-                    created = found.granted_at or (0 if isinstance(found, Reservation) else found.ended_at)
-                    if created > latest or not _matches(key, found, request):
+                    if _created(found) > latest or not _matches(key, found, request):
                         continue
                     message = self._reservation(slot, state, key, found)
                     if message.state not in wanted:
                         continue
                     if len(response.reservations) == size:
-                        last = response.reservations[-1]
-                        response.next_page_token = _pack(*self._place(last))
+                        response.next_page_token = _pack(*last)
                         return response
                     response.reservations.append(message)
+                    last = (slot.account, part, at, key)
         return response
 
-    def _place(self, last: pb.Reservation) -> tuple[str, int, int, str]:
-        """Where a listed reservation stands in its ledger."""
-        key = f"{last.identity}/{last.reservation_id}"
-        state = view.books(self._router.slots[last.ledger])
-        opened = state.open.get(key)
-        if opened is not None:
-            return last.ledger, 0, opened.ordinal, key
-        ended = state.ended.get(key)
-        return last.ledger, 1, 0 if ended is None else ended.ended_at, key
+    @staticmethod
+    def _part(
+        slot: Slot, state: State, part: int, wanted: set[pb.ReservationState.ValueType]
+    ) -> Iterator[tuple[int, str, _Found]]:
+        """The entries of a part at this moment, each after where it stands; none if their state is not wanted."""
+        if part == _WAITING:
+            engine = slot.engine
+            if engine is not None and pb.RESERVATION_STATE_WAITING in wanted:
+                for waiter in engine.waiters():
+                    yield waiter.ordinal, waiter.key, waiter
+        elif part == _OPEN:
+            if pb.RESERVATION_STATE_OPEN in wanted:
+                for key, reservation in list(state.open.items()):
+                    yield reservation.ordinal, key, reservation
+        elif wanted - {pb.RESERVATION_STATE_OPEN, pb.RESERVATION_STATE_WAITING}:
+            for key, ended in list(state.ended.items()):
+                yield ended.ended_at, key, ended
 
     @staticmethod
-    def _opened(state: State, wanted: set[pb.ReservationState.ValueType]) -> list[tuple[str, Reservation | Ended]]:
-        return list(state.open.items()) if pb.RESERVATION_STATE_OPEN in wanted else []
-
-    @staticmethod
-    def _ended(state: State, wanted: set[pb.ReservationState.ValueType]) -> list[tuple[str, Reservation | Ended]]:
-        ends = wanted - {pb.RESERVATION_STATE_OPEN, pb.RESERVATION_STATE_WAITING}
-        return list(state.ended.items()) if ends else []
-
-    @staticmethod
-    def _reservation(slot: Slot, state: State, key: str, found: Reservation | Ended) -> pb.Reservation:
+    def _reservation(slot: Slot, state: State, key: str, found: _Found) -> pb.Reservation:
+        if isinstance(found, Pending):
+            return view.waiting(slot, found)
         if isinstance(found, Reservation):
             return view.opened(slot, state, found)
         return view.ended(slot, state, key, found)
 
-    def _find(self, number: str, identity: str) -> tuple[Slot, State, str, Reservation | Ended]:
+    def _find(self, number: str, identity: str) -> tuple[Slot, State, str, _Found]:
         number = uuid_of(number, "reservation_id")
         names = [identity] if identity else self._authenticator.names()
-        found: list[tuple[Slot, State, str, Reservation | Ended]] = []
+        found: list[tuple[Slot, State, str, _Found]] = []
         for slot, state in self._books(""):
+            engine = slot.engine
             for name in names:
                 key = f"{name}/{number}"
-                entry = state.open.get(key) or state.ended.get(key)
+                waiter = None if engine is None else engine.waiters().get(key)
+                entry = state.open.get(key) or waiter or state.ended.get(key)
                 if entry is not None:
                     found.append((slot, state, key, entry))
         if not found:
             raise missing("reservation_id: no reservation of this id is on the books")
         if len({key for _, _, key, _ in found}) > 1:
             raise refused("identity", "several identities use this id: name one")
-        return next((each for each in found if isinstance(each[3], Reservation)), found[0])
+        # One ledger may have it while others have a tombstone.
+        return next((each for each in found if not isinstance(each[3], Ended)), found[0])
 
     async def _get_reservation(self, request: pb.GetReservationRequest) -> pb.GetReservationResponse:
         return pb.GetReservationResponse(
@@ -416,11 +424,15 @@ class Admin:
 
     async def _cancel_reservation(self, request: pb.CancelReservationRequest) -> pb.CancelReservationResponse:
         slot, _, key, found = self._find(request.reservation_id, request.identity)
-        if not isinstance(found, Reservation):
+        if isinstance(found, Ended):
             raise refused("reservation_id", "the reservation has ended")
         _check_etag(request.etag, view.reservation_etag(found))
-        operation = Release(key) if request.not_sent else Expire(key)
-        await self._change(slot, operation)
+        withdraw = isinstance(found, Pending)
+        answer = await self._change(slot, Release(key) if withdraw or request.not_sent else Expire(key))
+        if isinstance(found, Pending) and isinstance(answer, Released) and answer.released:
+            end = view.books(slot).ended.get(key)
+            if end is not None and end.granted_at is None:
+                return pb.CancelReservationResponse(reservation=view.withdrawn(slot, found, end))
         return pb.CancelReservationResponse(reservation=self._again(request.reservation_id, key))
 
     def _again(self, number: str, key: str) -> pb.Reservation:
@@ -760,9 +772,15 @@ def _unpack(token: str) -> tuple[str, int, int, str]:
         raise invalid("page_token", "is not one of this server: start at the first page") from None
 
 
-def _matches(key: str, found: Reservation | Ended, request: pb.ListReservationsRequest) -> bool:
+def _created(found: _Found) -> int:
+    if isinstance(found, Pending):
+        return found.since
+    return found.granted_at or (0 if isinstance(found, Reservation) else found.ended_at)
+
+
+def _matches(key: str, found: _Found, request: pb.ListReservationsRequest) -> bool:
     """Whether a reservation passes the filters that need no message."""
-    if request.pool and found.pool != request.pool:
+    if request.pool and request.pool not in (found.pools if isinstance(found, Pending) else (found.pool,)):
         return False
     if request.identity and not key.startswith(request.identity + "/"):
         return False

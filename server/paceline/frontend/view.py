@@ -7,10 +7,12 @@ from collections.abc import Iterable, Iterator
 
 from google.protobuf.timestamp_pb2 import Timestamp
 
+from paceline.engine.accounting import Sizes
 from paceline.engine.bucket import Bucket, EndKind
 from paceline.engine.dimensions import UNLIMITED, Dimension, Limit, Window
-from paceline.engine.operations import NO_PRICES, Mode
+from paceline.engine.operations import NO_PRICES, Mode, Priority
 from paceline.engine.state import Ended, Pool, Reservation, Share, State
+from paceline.engine.waiting import Pending
 from paceline.frontend.errors import Problem, unavailable
 from paceline.frontend.replies import CURRENCY, money
 from paceline.frontend.routing import Slot
@@ -98,7 +100,7 @@ def ledger(slot: Slot, provider: str) -> pb.Ledger:
         message.mode = mode(state, "", "") or pb.MODE_ENFORCE
         message.ledger_time.CopyFrom(timestamp(owner.now()))
         message.open_reservations = len(state.open)
-        message.waiting_reservations = sum(engine.waiting().values())
+        message.waiting_reservations = len(engine.waiters())
     return message
 
 
@@ -118,9 +120,9 @@ def pool(slot: Slot, state: State, found: Pool, targets: Iterable[pb.Target], re
     for number in found.buckets:
         message.limits.append(limit(state.buckets[number], now))
     engine = slot.engine
-    waiting = 0 if engine is None else engine.waiting().get(found.name, 0)
-    if waiting:
-        message.queues.add(waiting=waiting)
+    for priority, queued in () if engine is None else engine.waiters().queue(found.name).items():
+        queue = message.queues.add(priority=_priority(priority), waiting=queued.count)
+        queue.oldest_wait.FromMicroseconds(max(0, now - queued.since))
     message.etag = pool_etag(state, found)
     return message
 
@@ -183,10 +185,37 @@ def share(slot: Slot, state: State, found: Share, pool_name: str) -> pb.Share:
     return message
 
 
+def waiting(slot: Slot, found: Pending) -> pb.Reservation:
+    """A reservation that waits."""
+    identity, _, number = found.key.rpartition("/")
+    return pb.Reservation(
+        reservation_id=number,
+        identity=identity,
+        ledger=slot.account,
+        pool=found.pools[0],
+        state=pb.RESERVATION_STATE_WAITING,
+        tenant=found.tenant,
+        workspace=found.shares[-1] if found.shares else "",
+        priority=_priority(found.priority),
+        route=found.route,
+        estimate=_estimate(found.sizes),
+        create_time=timestamp(found.since),
+        etag=reservation_etag(found),
+    )
+
+
+def withdrawn(slot: Slot, found: Pending, end: Ended) -> pb.Reservation:
+    """A reservation that waited until just now. The books keep no more of it than that its id is dead."""
+    message = waiting(slot, found)
+    message.state = pb.RESERVATION_STATE_RELEASED
+    message.end_time.CopyFrom(timestamp(end.ended_at))
+    message.etag = reservation_etag(end)
+    return message
+
+
 def opened(slot: Slot, state: State, found: Reservation) -> pb.Reservation:
     """A reservation that holds."""
     identity, _, number = found.key.rpartition("/")
-    sizes = found.sizes
     message = pb.Reservation(
         reservation_id=number,
         identity=identity,
@@ -195,15 +224,9 @@ def opened(slot: Slot, state: State, found: Reservation) -> pb.Reservation:
         state=pb.RESERVATION_STATE_OPEN,
         tenant=found.tenant,
         workspace=found.shares[-1] if found.shares else "",
-        priority=pb.Priority.ValueType(found.priority),
+        priority=_priority(found.priority),
         route=found.route,
-        estimate=pb.Estimate(
-            requests=sizes.requests,
-            input_tokens=sizes.input_tokens,
-            cached_input_tokens=sizes.cached_input_tokens,
-            output_tokens=sizes.output_tokens,
-            max_output_tokens=sizes.max_output_tokens,
-        ),
+        estimate=_estimate(found.sizes),
         create_time=timestamp(found.granted_at),
         grant_time=timestamp(found.granted_at),
         expire_time=timestamp(found.expires_at),
@@ -237,8 +260,10 @@ def ended(slot: Slot, state: State, key: str, found: Ended) -> pb.Reservation:
     return message
 
 
-def reservation_etag(found: Reservation | Ended) -> str:
+def reservation_etag(found: Pending | Reservation | Ended) -> str:
     """Of a reservation's state."""
+    if isinstance(found, Pending):
+        return etag("waiting", found.ordinal, found.pools)
     if isinstance(found, Reservation):
         return etag("open", found.expires_at, found.output_tokens)
     return etag(int(found.kind), found.ended_at, found.cost)
@@ -255,8 +280,22 @@ def _settlement(bucket: Bucket, held: int, charged: int) -> pb.Settlement:
     )
 
 
+def _estimate(sizes: Sizes) -> pb.Estimate:
+    return pb.Estimate(
+        requests=sizes.requests,
+        input_tokens=sizes.input_tokens,
+        cached_input_tokens=sizes.cached_input_tokens,
+        output_tokens=sizes.output_tokens,
+        max_output_tokens=sizes.max_output_tokens,
+    )
+
+
 def _amount(cap: Limit) -> pb.ShareAmount:
     return pb.ShareAmount(dimension=_dimension(cap.dimension), window=_window(cap.window), units=cap.amount)
+
+
+def _priority(value: Priority) -> pb.Priority.ValueType:
+    return pb.Priority.ValueType(value)
 
 
 def _dimension(value: Dimension) -> pb.Dimension.ValueType:
