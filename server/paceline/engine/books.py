@@ -51,6 +51,8 @@ class Books:
         self.caps = caps
         self.now = state.at
         self.events: list[ev.Event] = []
+        self.generation = 0
+        """Counts changes of definitions."""
         self._plans: dict[tuple[str, tuple[str, ...]], tuple[int, ...]] = {}
         self._recipes: dict[tuple[str, tuple[int, ...]], Recipe] = {}
         self._touched: dict[tuple[int, ...], an.Touched] = {}
@@ -89,6 +91,7 @@ class Books:
 
     def defined(self) -> None:
         """Pools or shares have changed: forget what was derived from them."""
+        self.generation += 1
         self._plans.clear()
         self._recipes.clear()
 
@@ -155,6 +158,7 @@ class Books:
                 guessed=guessed,
             )
         )
+        self.defined()
         return len(self.state.buckets) - 1
 
     # -- what answers say ----------------------------------------------------------------------------------------

@@ -96,6 +96,9 @@ class Bucket(msgspec.Struct, array_like=True):
     configured: int = 0
     """The amount that configuration gives; a learned one replaces it in ``amount``."""
     configured_burst: int = 0
+    ruling: int = 0
+    """The amount that was last said, by configuration or by an operator: what a learned restriction lapses to."""
+    ruling_burst: int = 0
     override: bool = False
     """The operator fixed this limit: readings may lower it, never raise it."""
     pending: int | None = None
@@ -232,7 +235,8 @@ class Bucket(msgspec.Struct, array_like=True):
 
     def credit(self, since: int, amount: int) -> int:
         """How much of a refund of ``amount``, for a hold granted at ordinal ``since``, may raise the level."""
-        top = self.level + (self.carry > 0)
+        # The carry of today need not be counted: a credit that fills the bucket takes it away.
+        top = self.level
         if self.peaks.levels:
             peak = self.peaks.since(since)
             if peak is not None and peak > top:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 
 from paceline.engine import answers as an
 from paceline.engine import events as ev
@@ -33,11 +33,9 @@ class Definitions:
         if isinstance(operation, op.SetLimit):
             return self._override(operation)
         if isinstance(operation, op.SetMode):
-            return self._modes([(operation.pool, operation.tenant, operation.mode)])
+            return self._set_mode(operation)
         if isinstance(operation, op.DefineModes):
-            told = {(pool, tenant) for pool, tenant, _ in operation.modes}
-            others = [(*address, None) for address in self._state.modes if address not in told]
-            return self._modes([*others, *operation.modes])
+            return self._configure_modes(operation)
         if isinstance(operation, op.SetPaused):
             return self._pause(operation)
         raise TypeError(f"not an operation: {type(operation).__name__}")
@@ -97,13 +95,24 @@ class Definitions:
             return an.Invalid("dimension", "the pool has no such limit")
         return an.Done()
 
-    def _modes(self, changes: Sequence[tuple[str, str, op.Mode | None]]) -> Answer:
-        modes = self._state.modes
-        if len(modes) + sum(mode is not None for _, _, mode in changes) > self._books.caps.modes:
+    def _configure_modes(self, operation: op.DefineModes) -> Answer:
+        configured = self._state.configured_modes
+        told = {(pool, tenant): mode for pool, tenant, mode in operation.modes}
+        if len(told) + len(self._state.modes) > self._books.caps.modes:
+            return an.Invalid("modes", f"the ledger has its most modes ({self._books.caps.modes})", full=True)
+        for pool, tenant in [address for address in configured if address not in told]:
+            self._books.emit(ev.ModeSet(pool, tenant, None, configured=True))
+        for (pool, tenant), mode in told.items():
+            if configured.get((pool, tenant)) is not mode:
+                self._books.emit(ev.ModeSet(pool, tenant, mode, configured=True))
+        return an.Done()
+
+    def _set_mode(self, operation: op.SetMode) -> Answer:
+        modes, mode = self._state.modes, operation.mode
+        if mode is not None and len(modes) >= self._books.caps.modes:
             return an.Invalid("tenant", f"the ledger has its most modes ({self._books.caps.modes})", full=True)
-        for pool, tenant, mode in changes:
-            if modes.get((pool, tenant)) is not mode:
-                self._books.emit(ev.ModeSet(pool, tenant, mode))
+        if modes.get((operation.pool, operation.tenant)) is not mode:
+            self._books.emit(ev.ModeSet(operation.pool, operation.tenant, mode))
         return an.Done()
 
     def _pause(self, operation: op.SetPaused) -> Answer:

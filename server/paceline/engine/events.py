@@ -168,7 +168,7 @@ class Tombstoned(msgspec.Struct, frozen=True, array_like=True, tag="tomb", gc=Fa
 
 
 class Forgotten(msgspec.Struct, frozen=True, array_like=True, tag="forget", gc=False):
-    """The oldest ``count`` ended reservations left the memory."""
+    """The oldest ``count`` ended reservations left the memory, but for bulk requests of which calls are still open."""
 
     count: int
 
@@ -207,9 +207,12 @@ class PoolPaused(msgspec.Struct, frozen=True, array_like=True, tag="pause", gc=F
 
 
 class ModeSet(msgspec.Struct, frozen=True, array_like=True, tag="mode", gc=False):
+    """A mode came into force (``None``: what is less specific rules again); ``configured``: the file says so."""
+
     pool: str
     tenant: str
     mode: Mode | None
+    configured: bool = False
 
 
 Event = (

@@ -83,12 +83,16 @@ class Observation(msgspec.Struct, frozen=True, array_like=True, gc=False):
 
 
 class Outcome(msgspec.Struct, frozen=True, array_like=True, gc=False):
-    """What became of a call. ``usage`` is ``None`` exactly when ``usage_kind`` is ``MISSING``."""
+    """What became of a call. ``usage`` is ``None`` exactly when ``usage_kind`` is ``MISSING``.
+
+    ``unknown`` names fields of ``usage`` that the response did not state: they count as estimated.
+    """
 
     disposition: Disposition
     usage: Usage | None = None
     usage_kind: UsageKind = UsageKind.MISSING
     observation: Observation | None = None
+    unknown: tuple[str, ...] = ()
 
 
 class Candidate(msgspec.Struct, frozen=True, array_like=True, gc=False):
@@ -223,7 +227,10 @@ class SetMode(msgspec.Struct, frozen=True, tag=True, gc=False):
 
 
 class DefineModes(msgspec.Struct, frozen=True, tag=True, gc=False):
-    """What the configuration says of modes, as (pool, tenant, mode); whatever else was set is unset."""
+    """What the configuration says of modes, as (pool, tenant, mode).
+
+    Where it says the same as last time nothing changes, also if an operator has set another mode since.
+    """
 
     modes: tuple[tuple[str, str, Mode], ...]
 

@@ -27,6 +27,8 @@ class Option(msgspec.Struct, eq=False, gc=False):
     holds: tuple[int, ...]
     sizes: Sizes
     recipe: Recipe
+    count: int = 1
+    """Calls that must fit together."""
     open: bool = True
     """Whether it may still serve its waiter."""
 
@@ -61,6 +63,11 @@ class _Lane:
         self.wanted: dict[int, int] = {}
         self.size = 0
 
+    def want(self, option: Option, sign: int) -> None:
+        """Count what an option would hold: all of its calls, if they come together."""
+        for number, hold in zip(option.buckets, option.holds, strict=True):
+            self.wanted[number] = self.wanted.get(number, 0) + sign * hold * option.count
+
     def head(self) -> tuple[Waiter, Option] | None:
         line = self.line
         while line:
@@ -92,8 +99,7 @@ class FirstComeFirstServed:
         lane.line.append((waiter, option))
         lane.size += 1
         self._size += 1
-        for number, hold in zip(option.buckets, option.holds, strict=True):
-            lane.wanted[number] = lane.wanted.get(number, 0) + hold
+        lane.want(option, 1)
 
     def left(self, option: Option) -> None:
         """An option was served, denied or withdrawn."""
@@ -104,8 +110,14 @@ class FirstComeFirstServed:
         if not lane.size:
             del self._lanes[option.shares]
             return
-        for number, hold in zip(option.buckets, option.holds, strict=True):
-            lane.wanted[number] -= hold
+        lane.want(option, -1)
+
+    def refit(self, option: Option, buckets: tuple[int, ...], holds: tuple[int, ...], recipe: Recipe) -> None:
+        """Definitions changed: a waiter would hold something else now."""
+        lane = self._lanes[option.shares]
+        lane.want(option, -1)
+        option.buckets, option.holds, option.recipe = buckets, holds, recipe
+        lane.want(option, 1)
 
     def heads(self) -> list[tuple[Waiter, Option]]:
         """The first of each lane, in the order of arrival."""

@@ -17,6 +17,7 @@ from paceline.engine.bucket import EndKind
 from paceline.engine.keys import child_keys
 from paceline.engine.operations import Mode
 from paceline.engine.queue import Option, Waiter
+from paceline.engine.state import Ended
 from paceline.engine.stats import Stats
 from paceline.engine.teaching import Teacher
 from paceline.engine.waiting import Waiting
@@ -32,6 +33,7 @@ class Reserving:
         self._teacher = teacher
         self._stats = stats
         self.waiting = Waiting(books.caps)
+        self._laid_out = books.generation
         self.answers: list[tuple[int, Answer]] = []
         self.granted: list[tuple[int, str]] = []
         """(expiry, key) of what this step granted."""
@@ -66,7 +68,8 @@ class Reserving:
             sizes = pool.profile.fill(candidate.estimate)
             recipe = books.recipe(candidate.pool, numbers)
             holds = recipe.holds(sizes, candidate.prices)
-            option = Option(index, candidate.pool, candidate.shares, numbers, holds, sizes, recipe)
+            together = 1 if operation.partial else operation.count
+            option = Option(index, candidate.pool, candidate.shares, numbers, holds, sizes, recipe, together)
             if self._fits_now(option, operation):
                 would = an.Would() if self._observing(candidate.pool, operation.tenant) else None
                 self._grant(operation, option, [ticket], 0, would)
@@ -98,26 +101,36 @@ class Reserving:
         ended = state.ended.get(key)
         if key in state.open:
             self.answers.append((ticket, self._granted_before((key,), key, 1)))
-        elif ended is not None and ended.kind is EndKind.TOGETHER:
-            self.answers.append((ticket, self._granted_before(ended.keys, key, operation.count)))
-        elif ended is not None and ended.granted_at is not None and ended.kind is not EndKind.RELEASED:
-            self.answers.append((ticket, self._granted_before((key,), key, 1)))
+        elif operation.count > 1 and self._calls_seen_before(ticket, operation, ended):
+            pass
+        elif ended is not None and _was_granted(ended):
+            keys = tuple(child for child in ended.keys if child in state.open or child in state.ended) or (key,)
+            self.answers.append((ticket, self._granted_before(keys, key, max(1, len(ended.keys)))))
         elif ended is not None:
             self.answers.append((ticket, an.Denied(Reason.RELEASED, ended.pool, None, None, NOTHING_TOUCHED)))
         elif key in self.waiting:
             turned_away = self.waiting.join(ticket, operation, self._books.now)
             if turned_away is not None:
                 self._refuse(turned_away, "reservation_id", "was sent again too often while it waits", full=True)
-        elif operation.count > 1 and (known := self._known_children(key, operation.count)):
-            # The memory of the request itself is bounded; its calls may outlive it.
-            self.answers.append((ticket, self._granted_before(known, key, operation.count)))
         else:
             return False
         return True
 
-    def _known_children(self, key: str, count: int) -> tuple[str, ...]:
-        state = self._books.state
-        return tuple(child for child in child_keys(key, count) if child in state.open or child in state.ended)
+    def _calls_seen_before(self, ticket: int, operation: op.Reserve, ended: Ended | None) -> bool:
+        """Answer a bulk Reserve of which calls are known; the memory of the request itself may be shorter."""
+        state, key = self._books.state, operation.key
+        asked = ended.keys if ended is not None and ended.kind is EndKind.TOGETHER else ()
+        known = [
+            child for child in asked or child_keys(key, operation.count) if child in state.open or child in state.ended
+        ]
+        if not known and not asked:
+            return False
+        usable = tuple(child for child in known if child in state.open or _was_granted(state.ended[child]))
+        if usable:
+            self.answers.append((ticket, self._granted_before(usable, key, operation.count)))
+        else:
+            self.answers.append((ticket, an.Denied(Reason.RELEASED, "", None, None, NOTHING_TOUCHED)))
+        return True
 
     def _granted_before(self, keys: tuple[str, ...], key: str, count: int) -> an.Granted:
         state = self._books.state
@@ -291,6 +304,9 @@ class Reserving:
 
     def serve(self) -> None:
         """Give their turn to all whose time has come, and deny all whose deadline has, until nothing moves."""
+        if self._laid_out != self._books.generation:
+            self._laid_out = self._books.generation
+            self.waiting.refit(self._books)
         moved = bool(self.waiting.lines)
         while moved:
             moved = False
@@ -302,10 +318,11 @@ class Reserving:
     def _serve_one(self, pool: str) -> bool:
         """Grant or deny the first of a line whose turn it is; false if nobody's is."""
         line = self.waiting.lines.get(pool)
-        for waiter, option in line.heads() if line is not None else ():
-            if self._serve_head(waiter, option):
+        for waiter, head in line.heads() if line is not None else ():
+            options = _in_lane_of(waiter, head)
+            if any(self._serve_head(waiter, option) for option in options):
                 return True
-            if not self._stopped_by_share(waiter.operation, option):
+            if not all(self._stopped_by_share(waiter.operation, option) for option in options):
                 return False
         return False
 
@@ -325,6 +342,8 @@ class Reserving:
             return True
         would = an.Would() if self._observing(option.pool, operation.tenant) else None
         if would is None and self._count_that_fits(option, operation) == 0:
+            return False
+        if len(state.open) + operation.count > self._books.caps.open:
             return False
         self.waiting.leave(waiter)
         self._grant(operation, option, waiter.tickets, now - waiter.since, would)
@@ -355,11 +374,11 @@ class Reserving:
         deadline = self.waiting.next_deadline()
         times = [] if deadline is None else [deadline]
         for line in self.waiting.lines.values():
-            for waiter, option in line.heads():
-                turn = self._turn(waiter, option)
-                if turn is not None:
-                    times.append(turn)
-                if not self._stopped_by_share(waiter.operation, option):
+            for waiter, head in line.heads():
+                options = _in_lane_of(waiter, head)
+                turns = [self._turn(waiter, option) for option in options]
+                times += [turn for turn in turns if turn is not None]
+                if not all(self._stopped_by_share(waiter.operation, option) for option in options):
                     break
         return min(times, default=None)
 
@@ -385,3 +404,15 @@ def _would(operation: op.Reserve, verdict: Verdict) -> an.Would:
     if verdict.final or operation.max_wait_us <= 0 or verdict.hope_us > operation.max_wait_us:
         return an.Would(verdict.reason)
     return an.Would(None, verdict.wait_us or 0)
+
+
+def _in_lane_of(waiter: Waiter, head: Option) -> list[Option]:
+    """The options of the first in a lane that stand in that lane: they differ in size only, and share its turn."""
+    if len(waiter.options) == 1:
+        return [head]
+    return [option for option in waiter.options if option.pool == head.pool and option.shares == head.shares]
+
+
+def _was_granted(ended: Ended) -> bool:
+    """Whether a grant under this id still counts: it was not given back."""
+    return ended.granted_at is not None and ended.kind is not EndKind.RELEASED

@@ -77,6 +77,8 @@ class Settling:
         context = operation.context
         if context is None:
             return an.Invalid("context", "is needed, because the reservation is not known here")
+        if context.count > 1 and context.key == operation.key:
+            return an.Invalid("reservation_id", "is a bulk grant: commit its child reservations")
         return self._commit_forgotten(operation.key, context, operation.outcome)
 
     def _commit_open(self, reservation: Reservation, outcome: op.Outcome) -> Answer:
@@ -233,6 +235,10 @@ class Settling:
             nothing = (0,) * len(numbers)
             return Charged(books.recipe(pool, numbers).by_dimension(nothing), nothing, nothing, 0)
         usage = outcome.usage
+        if outcome.unknown and usage is not None and sizes is not None:
+            produced = sizes.output_tokens if output_tokens is None else output_tokens
+            expected = expected_usage(msgspec.structs.replace(sizes, output_tokens=produced))
+            usage = msgspec.structs.replace(usage, **{name: getattr(expected, name) for name in outcome.unknown})
         if outcome.usage_kind is UsageKind.MISSING or usage is None:
             refused_counts = books.state.pools[pool].profile.refused_counts
             usage = _unreported(sizes, output_tokens, outcome, refused_counts)

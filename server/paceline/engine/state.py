@@ -101,6 +101,7 @@ class Head(msgspec.Struct, array_like=True):
     pools: list[Pool]
     shares: list[Share]
     modes: list[tuple[str, str, Mode]]
+    configured_modes: list[tuple[str, str, Mode]]
 
 
 class OpenChunk(msgspec.Struct, array_like=True, tag="open"):
@@ -141,6 +142,9 @@ class State:
         self.pools: dict[str, Pool] = {}
         self.shares: dict[str, Share] = {}
         self.modes: dict[tuple[str, str], Mode] = {}
+        """Those in force, by pool and tenant."""
+        self.configured_modes: dict[tuple[str, str], Mode] = {}
+        """What the configuration said last; an operator may have set others since."""
         self.open: dict[str, Reservation] = {}
         self.open_in: dict[str, dict[str, Reservation]] = {}
         self.ended: dict[str, Ended] = {}
@@ -192,6 +196,7 @@ class State:
                 list(self.pools.values()),
                 list(self.shares.values()),
                 [(pool, tenant, mode) for (pool, tenant), mode in self.modes.items()],
+                [(pool, tenant, mode) for (pool, tenant), mode in self.configured_modes.items()],
             )
         )
         opened, ended = list(self.open.values()), list(self.ended.items())
@@ -218,6 +223,7 @@ class State:
             state.open_in = {pool.name: {} for pool in head.pools}
             state.shares = {share.name: share for share in head.shares}
             state.modes = {(pool, tenant): mode for pool, tenant, mode in head.modes}
+            state.configured_modes = {(pool, tenant): mode for pool, tenant, mode in head.configured_modes}
             for data in source:
                 chunk = _decode_chunk(data)
                 if isinstance(chunk, OpenChunk):
@@ -269,6 +275,8 @@ class State:
             turned_at=self.at,
             configured=event.amount,
             configured_burst=event.burst,
+            ruling=event.amount,
+            ruling_burst=event.burst,
             override=event.override,
             guessed=event.guessed,
         )
@@ -294,6 +302,8 @@ class State:
         bucket.guessed = False
         bucket.pending = None
         bucket.learned_at = self.at if event.learned else None
+        if not event.learned:
+            bucket.ruling, bucket.ruling_burst = event.amount, event.burst
 
     def _limit_claimed(self, event: ev.LimitClaimed) -> None:
         self.buckets[event.bucket].pending = event.amount
@@ -452,6 +462,10 @@ class State:
     def _forgotten(self, event: ev.Forgotten) -> None:
         for key in list(islice(self.ended, event.count)):
             ended = self.ended.pop(key)
+            if any(child in self.open for child in ended.keys):
+                # A bulk request is known as long as one of its calls is open: it goes to the end of the line.
+                self.ended[key] = ended
+                continue
             self.horizon = max(self.horizon, ended.ended_at)
             if ended.kind is EndKind.EXPIRED:
                 for number, charge in zip(ended.buckets, ended.charges, strict=True):
@@ -480,7 +494,8 @@ class State:
         self.pools[event.pool].paused = event.paused
 
     def _mode_set(self, event: ev.ModeSet) -> None:
-        if event.mode is None:
-            self.modes.pop((event.pool, event.tenant), None)
-        else:
-            self.modes[event.pool, event.tenant] = event.mode
+        for modes in (self.modes, self.configured_modes) if event.configured else (self.modes,):
+            if event.mode is None:
+                modes.pop((event.pool, event.tenant), None)
+            else:
+                modes[event.pool, event.tenant] = event.mode

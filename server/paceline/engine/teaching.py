@@ -20,6 +20,8 @@ from paceline.engine.stats import Stats
 
 LONGEST_BLOCK_US = 5 * MINUTE_US
 SHORTEST_BLOCK_US = SECOND_US
+LONGEST_WAIT_US = 10 * MINUTE_US
+"""A refusal that names a dimension is believed to mean debt for so long at most: a shut pool brings no answers."""
 FLIGHT_US = MINUTE_US
 """How long a call without a grant may have been under way when its headers came."""
 CONFIRM_US = 10 * SECOND_US
@@ -86,7 +88,7 @@ class Teacher:
                         bucket,
                         estimates.amount(number),
                         pool.profile.estimate_slack,
-                        observation.retry_after_us,
+                        _at_most(observation.retry_after_us, LONGEST_WAIT_US),
                     ),
                 )
             if low is not None or high is not None:
@@ -107,15 +109,15 @@ class Teacher:
     def lapse(self, number: int, now: int) -> None:
         """Let go of a learned restriction that nothing has confirmed for long."""
         bucket = self._state.buckets[number]
-        restricts = bucket.amount < bucket.configured or bucket.burst < bucket.configured_burst
+        restricts = bucket.amount < bucket.ruling or bucket.burst < bucket.ruling_burst
         if bucket.learned_at is None or not restricts or now - bucket.learned_at <= reconcile.READING_TTL_US:
             return
         self._advance(number)
         limit = Limit(
             bucket.dimension,
             bucket.window,
-            max(bucket.amount, bucket.configured),
-            max(bucket.burst, bucket.configured_burst),
+            max(bucket.amount, bucket.ruling),
+            max(bucket.burst, bucket.ruling_burst),
         )
         self._definitions.move(number, limit, learned=False, override=bucket.override)
 
@@ -223,3 +225,7 @@ def _narrower(
     if low is not None and high is not None and low > high:
         return other
     return low, high
+
+
+def _at_most(wait_us: int | None, most: int) -> int | None:
+    return None if wait_us is None else min(wait_us, most)

@@ -8,7 +8,7 @@ from heapq import heapify, heappop, heappush
 import msgspec
 
 from paceline.engine.accounting import Sizes
-from paceline.engine.books import Caps
+from paceline.engine.books import Books, Caps
 from paceline.engine.operations import Priority, Reserve
 from paceline.engine.queue import FirstComeFirstServed, Option, Waiter
 
@@ -111,6 +111,18 @@ class Waiting:
         waiter.options = tuple(other for other in waiter.options if other is not option)
         self._leave_line(option)
         return True
+
+    def refit(self, books: Books) -> None:
+        """Definitions changed: lay out anew what each waiter would hold."""
+        for waiter in self._waiters.values():
+            for option in waiter.options:
+                numbers = books.plan(option.pool, option.shares)
+                if numbers is None or numbers == option.buckets:
+                    continue
+                recipe = books.recipe(option.pool, numbers)
+                prices = waiter.operation.candidates[option.index].prices
+                holds = recipe.holds(option.sizes, prices)
+                self.lines[option.pool].refit(option, numbers, holds, recipe)
 
     def due(self, now: int) -> Iterator[tuple[Waiter, int]]:
         """Waiters and tickets whose deadline has come; each is handed out once."""

@@ -394,19 +394,23 @@ class Requests:
         if not 0 <= kind <= 3:
             raise invalid(path + ".usage_kind", "is not known: use FINAL, PARTIAL or MISSING, or leave it unspecified")
         usage: Usage | None = None
+        unknown: tuple[str, ...] = ()
         known = UsageKind.MISSING
         if kind != pb.USAGE_KIND_MISSING:
             if message.HasField("usage"):
                 final = kind == pb.USAGE_KIND_FINAL or (not kind and disposition is Disposition.SUCCEEDED)
-                usage, whole = self._usage(message.usage, path + ".usage", context)
-                known = UsageKind.FINAL if final and whole else UsageKind.PARTIAL
+                usage, unknown = self._usage(message.usage, path + ".usage", context)
+                known = UsageKind.FINAL if final and not unknown else UsageKind.PARTIAL
             elif kind:
                 raise invalid(path + ".usage", "is required with usage_kind FINAL or PARTIAL")
         observation = self._observation(message, path, caller, recall, key, context)
-        return Outcome(disposition, usage, known, observation)
+        return Outcome(disposition, usage, known, observation, unknown)
 
-    def _usage(self, usage: pb.Usage, path: str, context: Context | None) -> tuple[Usage, bool]:
-        """The usage, and whether nothing was missing. What is missing stands as it was held."""
+    def _usage(self, usage: pb.Usage, path: str, context: Context | None) -> tuple[Usage, tuple[str, ...]]:
+        """The usage, and the names of what is missing.
+
+        What is missing counts as it was estimated; of a call that the ledger has forgotten, as its context says.
+        """
         tokens = usage.input_tokens
         read = usage.cache_read_tokens
         write = usage.cache_write_tokens
@@ -420,12 +424,12 @@ class Requests:
             for name in ("input_tokens", "cache_read_tokens", "cache_write_tokens", "output_tokens"):
                 if not 0 <= getattr(usage, name) <= MAX_TOKENS:
                     raise _range(f"{path}.{name}", getattr(usage, name), MAX_TOKENS)
-        whole = True
+        unknown: tuple[str, ...] = ()
         if not tokens and not read and not write and not usage.HasField("input_tokens"):
-            tokens, whole = _held(context, Dimension.INPUT_TOKENS), False
+            tokens, unknown = _held(context, Dimension.INPUT_TOKENS), ("input_tokens", "cache_read_tokens")
         if not output and not usage.HasField("output_tokens"):
-            output, whole = _held(context, Dimension.OUTPUT_TOKENS), False
-        return Usage(1, tokens, read, write, output), whole
+            output, unknown = _held(context, Dimension.OUTPUT_TOKENS), (*unknown, "output_tokens")
+        return Usage(1, tokens, read, write, output), unknown
 
     def _early(
         self, message: pb.Outcome, caller: Caller, recall: Recall, key: str, context: Context | None

@@ -1,0 +1,444 @@
+"""The tests of the books, tested: engines that are broken on purpose, each of which they must catch.
+
+Most faults are put in where decisions become events, so that the fold stays true to its events and only the meaning is
+wrong; what a test of examples would hardly see.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from random import Random
+from typing import Any
+
+import pytest
+from hypothesis import HealthCheck, Phase, Verbosity, settings
+from hypothesis.stateful import run_state_machine_as_test
+from msgspec.structs import replace
+
+from paceline.engine import admission, reconcile
+from paceline.engine import events as ev
+from paceline.engine import operations as op
+from paceline.engine.books import Books
+from paceline.engine.bucket import Bucket
+from paceline.engine.dimensions import GAUGES, WINDOW_US, Window
+from paceline.engine.engine import Engine
+from paceline.engine.peaks import Peaks
+from paceline.engine.reserving import Reserving
+from paceline.engine.settling import Settling
+from paceline.engine.state import EndKind, State
+from paceline.engine.waiting import Waiting
+from tests.engine import tally, test_interval
+from tests.engine.test_books import BooksMachine, ForgetfulMachine
+from tests.engine.test_interval import History
+
+pytestmark = pytest.mark.timeout(180)
+
+Patch = pytest.MonkeyPatch
+Mutation = Callable[[Patch], None]
+BOOKS: dict[str, Mutation] = {}
+FORGETFUL: dict[str, Mutation] = {}
+INTERVAL: dict[str, Mutation] = {}
+
+
+def mutant(kind: dict[str, Mutation]) -> Callable[[Mutation], Mutation]:
+    def note(mutation: Mutation) -> Mutation:
+        kind[mutation.__name__] = mutation
+        return mutation
+
+    return note
+
+
+def altered(patch: Patch, alter: Callable[[State, Any], ev.Event | None]) -> None:
+    """Change events on their way into the fold and the journal alike; ``None`` loses one."""
+    emit = Books.emit
+
+    def emit_altered(self: Books, event: ev.Event) -> None:
+        found = alter(self.state, event)
+        if found is not None:
+            emit(self, found)
+
+    patch.setattr(Books, "emit", emit_altered)
+
+
+def wrapped(patch: Patch, owner: Any, name: str, around: Callable[..., Any]) -> None:
+    """``around(original, ...)`` in the place of a function."""
+    original = getattr(owner, name)
+    patch.setattr(owner, name, lambda *args, **named: around(original, *args, **named))
+
+
+# -- refunds, charges, holds -----------------------------------------------------------------------------------------
+
+
+@mutant(BOOKS)
+def refunds_credit_the_same_seconds_twice(patch: Patch) -> None:
+    def alter(state: State, event: Any) -> ev.Event | None:
+        if isinstance(event, ev.Settled | ev.Released | ev.Replaced | ev.Expired):
+            return replace(event, forfeits=(0,) * len(event.forfeits))
+        return event
+
+    altered(patch, alter)
+
+
+@mutant(BOOKS)
+def refunds_do_not_see_each_other(patch: Patch) -> None:
+    patch.setattr(Peaks, "raise_since", lambda *_: None)
+
+
+@mutant(BOOKS)
+def an_expiry_gives_everything_back(patch: Patch) -> None:
+    def alter(state: State, event: Any) -> ev.Event | None:
+        if isinstance(event, ev.Expired):
+            nothing = (0,) * len(event.charges)
+            return replace(event, charges=nothing, forfeits=nothing, overs=nothing, cost=0)
+        return event
+
+    altered(patch, alter)
+
+
+@mutant(BOOKS)
+def a_late_usage_is_added(patch: Patch) -> None:
+    def alter(state: State, event: Any) -> ev.Event | None:
+        if isinstance(event, ev.Replaced):
+            old = state.ended[event.key].charges
+            both = tuple(a + b for a, b in zip(old, event.charges, strict=True))
+            return replace(event, charges=both, forfeits=(0,) * len(old))
+        return event
+
+    altered(patch, alter)
+
+
+@mutant(BOOKS)
+def a_second_commit_charges_again(patch: Patch) -> None:
+    def commit(original: Any, self: Any, operation: op.Commit) -> Any:
+        ended = self._books.state.ended.get(operation.key)
+        if ended is not None and ended.kind is EndKind.SETTLED and ended.buckets:
+            self._books.advance_all(ended.buckets)
+            overs = (0,) * len(ended.buckets)
+            event = ev.Booked(
+                "", ended.pool, ended.shares, ended.buckets, ended.charges, overs, self._books.now, 0
+            )
+            self._books.emit(event)
+        return original(self, operation)
+
+    wrapped(patch, Settling, "commit", commit)
+
+
+@mutant(BOOKS)
+def releasing_a_settled_call_refunds_it(patch: Patch) -> None:
+    def release(original: Any, self: Any, operation: op.Release) -> Any:
+        ended = self._books.state.ended.get(operation.key)
+        if ended is not None and ended.kind is EndKind.SETTLED and any(ended.charges):
+            nothing = (0,) * len(ended.buckets)
+            self._books.advance_all(ended.buckets)
+            self._books.emit(ev.Replaced(operation.key, nothing, ended.charges, nothing, 0))
+        return original(self, operation)
+
+    wrapped(patch, Settling, "release", release)
+
+
+@mutant(BOOKS)
+def a_share_is_not_held(patch: Patch) -> None:
+    def alter(state: State, event: Any) -> ev.Event | None:
+        if isinstance(event, ev.Granted):
+            holds = tuple(
+                0 if state.buckets[number].share else hold
+                for number, hold in zip(event.buckets, event.holds, strict=True)
+            )
+            return replace(event, holds=holds)
+        return event
+
+    altered(patch, alter)
+
+
+@mutant(BOOKS)
+def a_gauge_does_not_come_back(patch: Patch) -> None:
+    def alter(state: State, event: Any) -> ev.Event | None:
+        if isinstance(event, ev.Settled):
+            held = state.open[event.key]
+            charges = tuple(
+                hold if state.buckets[number].dimension in GAUGES else charge
+                for number, hold, charge in zip(held.buckets, held.holds, event.charges, strict=True)
+            )
+            return replace(event, charges=charges)
+        return event
+
+    altered(patch, alter)
+
+
+@mutant(BOOKS)
+def a_renewal_holds_no_more(patch: Patch) -> None:
+    def alter(state: State, event: Any) -> ev.Event | None:
+        if isinstance(event, ev.Renewed):
+            return replace(event, holds=state.open[event.key].holds)
+        return event
+
+    altered(patch, alter)
+
+
+@mutant(BOOKS)
+def a_denial_costs_something(patch: Patch) -> None:
+    def deny(original: Any, self: Any, ticket: int, reason: Any, option: Any, verdict: Any) -> Any:
+        self._books.advance(option.buckets[0])
+        self._books.emit(ev.Corrected(option.buckets[0], -1))
+        return original(self, ticket, reason, option, verdict)
+
+    wrapped(patch, Reserving, "_deny", deny)
+
+
+@mutant(BOOKS)
+def holds_never_expire(patch: Patch) -> None:
+    patch.setattr(Settling, "expire", lambda self: None)
+
+
+# -- refill ----------------------------------------------------------------------------------------------------------
+
+
+@mutant(BOOKS)
+def refill_drops_its_fractions(patch: Patch) -> None:
+    altered(patch, lambda state, event: replace(event, carry=0) if isinstance(event, ev.Advanced) else event)
+
+
+@mutant(BOOKS)
+def refill_does_not_stop_at_the_burst(patch: Patch) -> None:
+    def refill(original: Any, self: Bucket, now: int) -> tuple[int, int]:
+        window = WINDOW_US.get(self.window)
+        if window is None:
+            return tuple(original(self, now))  # type: ignore[return-value]
+        return divmod(self.carry + self.amount * (now - self.at), window)
+
+    wrapped(patch, Bucket, "refill", refill)
+
+
+@mutant(BOOKS)
+def a_new_month_forgets_what_is_held(patch: Patch) -> None:
+    def alter(state: State, event: Any) -> ev.Event | None:
+        if isinstance(event, ev.Advanced):
+            bucket = state.buckets[event.bucket]
+            if bucket.window is Window.MONTH and state.at >= bucket.turns_at:
+                return replace(event, refilled=bucket.burst - bucket.level)
+        return event
+
+    altered(patch, alter)
+
+
+@mutant(BOOKS)
+def a_changed_limit_starts_full(patch: Patch) -> None:
+    def alter(state: State, event: Any) -> ev.Event | None:
+        if isinstance(event, ev.LimitMoved):
+            bucket = state.buckets[event.bucket]
+            if bucket.window in WINDOW_US:
+                return replace(event, adjusted=event.burst - bucket.level)
+        return event
+
+    altered(patch, alter)
+
+
+# -- decisions -------------------------------------------------------------------------------------------------------
+
+
+@mutant(BOOKS)
+def everything_fits(patch: Patch) -> None:
+    patch.setattr(admission, "fits", lambda *_: True)
+
+
+@mutant(BOOKS)
+def a_bulk_grant_is_always_partial(patch: Patch) -> None:
+    def count(original: Any, self: Any, option: Any, operation: op.Reserve) -> Any:
+        return original(self, option, replace(operation, partial=True))
+
+    wrapped(patch, Reserving, "_count_that_fits", count)
+
+
+@mutant(BOOKS)
+def newcomers_overtake(patch: Patch) -> None:
+    patch.setattr(Reserving, "_may_pass", lambda *_: True)
+
+
+@mutant(BOOKS)
+def deadlines_are_not_kept(patch: Patch) -> None:
+    def due(self: Waiting, now: int) -> Iterator[Any]:
+        return iter(())
+
+    patch.setattr(Waiting, "due", due)
+
+
+@mutant(BOOKS)
+def nobody_wakes_the_engine(patch: Patch) -> None:
+    patch.setattr(Engine, "_wake_at", lambda self: None)
+
+
+@mutant(BOOKS)
+def waiters_are_not_served(patch: Patch) -> None:
+    patch.setattr(Reserving, "_serve_one", lambda *_: False)
+
+
+@mutant(BOOKS)
+def a_retry_is_granted_anew(patch: Patch) -> None:
+    def seen_before(original: Any, self: Any, ticket: int, operation: op.Reserve) -> Any:
+        known = operation.key in self._books.state.ended
+        return False if known else original(self, ticket, operation)
+
+    wrapped(patch, Reserving, "_seen_before", seen_before)
+
+
+# -- memory and journal ------------------------------------------------------------------------------------------------
+
+
+@mutant(BOOKS)
+def tombstones_are_ignored(patch: Patch) -> None:
+    altered(patch, lambda state, event: None if isinstance(event, ev.Tombstoned) else event)
+
+
+@mutant(BOOKS)
+def the_memory_is_too_short(patch: Patch) -> None:
+    def forget(original: Any, self: Any) -> None:
+        if len(self._books.state.ended) > 2:
+            self._books.emit(ev.Forgotten(1))
+        original(self)
+
+    wrapped(patch, Settling, "forget", forget)
+
+
+@mutant(FORGETFUL)
+def an_old_commit_is_booked_though_it_may_have_been_settled(patch: Patch) -> None:
+    patch.setattr(Settling, "is_stale", lambda *_: False)
+
+
+@mutant(BOOKS)
+def an_event_is_folded_but_not_journalled(patch: Patch) -> None:
+    def emit(original: Any, self: Books, event: ev.Event) -> None:
+        original(self, event)
+        if isinstance(event, ev.Renewed) and self.events:
+            self.events.pop()
+
+    wrapped(patch, Books, "emit", emit)
+
+
+@mutant(BOOKS)
+def a_snapshot_loses_the_fractions(patch: Patch) -> None:
+    restore = State.restore
+
+    def restored(chunks: Any) -> State:
+        state = restore(chunks)
+        for bucket in state.buckets:
+            bucket.carry = 0
+        return state
+
+    patch.setattr(State, "restore", restored)
+
+
+# -- readings --------------------------------------------------------------------------------------------------------
+
+
+def interval_by(patch: Patch, around: Callable[..., Any]) -> None:
+    wrapped(patch, reconcile, "interval", around)
+    patch.setattr(test_interval, "interval", reconcile.interval)
+
+
+@mutant(INTERVAL)
+def calls_in_flight_are_ignored(patch: Patch) -> None:
+    def around(original: Any, bucket: Bucket, constraint: Any, now: int) -> Any:
+        low, high = original(bucket, constraint, now)
+        return None if low is None else low + bucket.held, high
+
+    interval_by(patch, around)
+
+
+@mutant(INTERVAL)
+def settled_calls_are_ignored(patch: Patch) -> None:
+    interval_by(patch, lambda original, bucket, c, now: original(bucket, replace(c, ended=0), now))
+
+
+@mutant(INTERVAL)
+def its_own_call_counts_in_full(patch: Patch) -> None:
+    interval_by(patch, lambda original, bucket, c, now: original(bucket, replace(c, own=2 * c.own), now))
+
+
+@mutant(INTERVAL)
+def output_beyond_the_estimate_is_ignored(patch: Patch) -> None:
+    def around(original: Any, bucket: Bucket, constraint: Any, now: int) -> Any:
+        low, high = original(bucket, constraint, now)
+        return low, None if high is None else high - bucket.over
+
+    interval_by(patch, around)
+
+
+@mutant(INTERVAL)
+def the_age_of_a_reading_is_taken_for_the_least(patch: Patch) -> None:
+    interval_by(patch, lambda original, bucket, c, now: original(bucket, replace(c, since=c.until), now))
+
+
+@mutant(INTERVAL)
+def the_age_of_a_reading_is_taken_for_the_most(patch: Patch) -> None:
+    interval_by(patch, lambda original, bucket, c, now: original(bucket, replace(c, until=c.since), now))
+
+
+@mutant(INTERVAL)
+def rounding_is_ignored(patch: Patch) -> None:
+    def bounds(original: Any, reading: op.Reading) -> Any:
+        return original(replace(reading, rounding=0))
+
+    wrapped(patch, reconcile, "bounds_of_remaining", bounds)
+
+
+@mutant(INTERVAL)
+def nothing_remaining_is_taken_for_no_debt(patch: Patch) -> None:
+    def bounds(original: Any, reading: op.Reading) -> Any:
+        low, high = original(reading)
+        return 0 if reading.remaining == 0 else low, high
+
+    wrapped(patch, reconcile, "bounds_of_remaining", bounds)
+
+
+# -- the proof ---------------------------------------------------------------------------------------------------------
+
+FAST = settings(
+    max_examples=400,
+    stateful_step_count=40,
+    phases=(Phase.generate,),
+    derandomize=True,
+    database=None,
+    deadline=None,
+    verbosity=Verbosity.quiet,
+    report_multiple_bugs=False,
+    print_blob=False,
+    suppress_health_check=list(HealthCheck),
+)
+
+
+def is_caught(machine: type[BooksMachine]) -> bool:
+    try:
+        run_state_machine_as_test(machine, settings=FAST)  # type: ignore[no-untyped-call]
+    except (AssertionError, KeyError):
+        return True
+    return False
+
+
+def test_the_engine_as_it_is_passes() -> None:
+    """Else the rest of this proves nothing: the same examples, and no fault."""
+    assert not is_caught(BooksMachine)
+    for seed in range(600):
+        History(Random(seed), 3 + seed % 12).run()
+
+
+@pytest.mark.parametrize("name", BOOKS)
+def test_a_broken_engine_is_caught(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    BOOKS[name](monkeypatch)
+    tally.example(f"mutant: {name}")
+    assert is_caught(BooksMachine)
+
+
+@pytest.mark.parametrize("name", FORGETFUL)
+def test_a_broken_memory_is_caught(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    FORGETFUL[name](monkeypatch)
+    tally.example(f"mutant: {name}")
+    assert is_caught(ForgetfulMachine)
+
+
+@pytest.mark.parametrize("name", INTERVAL)
+def test_a_broken_interval_is_caught(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    INTERVAL[name](monkeypatch)
+    tally.example(f"mutant: {name}")
+    with pytest.raises(AssertionError):
+        for seed in range(600):
+            History(Random(seed), 3 + seed % 12).run()
