@@ -298,3 +298,46 @@ def test_ids_are_uuids() -> None:
         assert str(found) == each
         assert found.version == 4
         assert found.variant == uuid.RFC_4122
+
+
+def test_a_drained_stream_takes_reports_while_nobody_else_is_there() -> None:
+    state = core()
+    stream = connected(state)
+    state.drain(stream, 1.0)
+    assert state.is_done(stream)
+    state.submit(reserve(1.0, 60), 1.0)
+    assert state.take(stream, 1.0) is None
+    state.submit(commit(1.0), 1.0)
+    assert state.has_queued
+    assert not state.is_done(stream)
+    (item,) = taken(state, stream, 1.0)
+    assert item.HasField("commit")
+    answer(state, stream, 1.1, item.number, commit=pb.CommitResponse())
+    assert state.reports == 0
+    held = True
+    state.call_at(60.0, lambda _: None, lambda: held)
+    assert not state.is_done(stream)
+    new = connected(state, 1.2)
+    assert state.is_done(stream)
+    state.submit(commit(1.3), 1.3)
+    assert state.take(stream, 1.3) is None
+    assert len(taken(state, new, 1.3)) == 2
+    state.broken(new, 1.4)
+    state.broken(stream, 1.4)
+    assert not state.can_report
+
+
+def test_what_makes_the_server_fail_is_not_sent_again() -> None:
+    state = core()
+    stream = connected(state)
+    report, call = commit(0.0), reserve(0.0, 60)
+    state.submit(report, 0.0)
+    state.submit(call, 0.0)
+    for item in taken(state, stream, 0.0):
+        answer(state, stream, 0.1, item.number, error=status_pb2.Status(code=10, message="failed at it"))
+    assert failed(report).code == "ABORTED"
+    assert state.reports == 0
+    # Not the fault of the caller, whose policy decides.
+    assert failed(call).unreachable
+    state.tick(100.0)
+    assert not taken(state, stream, 100.0)

@@ -124,6 +124,24 @@ def test_an_expired_share_is_not_used() -> None:
     assert sum(isinstance(ask(policy, 61.0, input_tokens=0, output_tokens=0), LocalGrant) for _ in range(100)) <= 2
 
 
+@pytest.mark.parametrize("dimension", ["requests", "input_tokens", "tokens", "concurrency", "spend"])
+def test_silence_does_not_turn_nothing_into_something(dimension: str) -> None:
+    policy = LocalPolicy(1.0)
+    policy.learn(Share("pool", {dimension: 0}, 60.0, [Target("m")]))
+    assert ask(policy, 59.0) == float("inf")
+    assert ask(policy, 61.0) == float("inf")
+    assert ask(policy, 1e6) == float("inf")
+    policy.learn(Share("pool", {"requests": 400}, 2e6, [Target("m")]))
+    assert isinstance(ask(policy, 1e6 + 60, wait=60), LocalGrant)
+
+
+def test_an_expired_share_goes_on_to_bind() -> None:
+    policy = LocalPolicy(1.0)
+    policy.learn(Share("pool", {"requests": 2}, 60.0, [Target("m")]))
+    assert isinstance(ask(policy, 61.0, input_tokens=1, output_tokens=1), LocalGrant)
+    assert ask(policy, 61.0, input_tokens=1, output_tokens=1) == pytest.approx(30.0)
+
+
 def test_a_share_without_targets_is_found_by_what_was_granted() -> None:
     policy = LocalPolicy(1.0)
     policy.learn(Share("pool", {"requests": 400}, 1e9, []))

@@ -243,6 +243,7 @@ async def test_a_drain_moves_new_items_and_keeps_the_old(connect_async: ConnectA
     waiting = asyncio.create_task(client.acquire(model="m", route="wait", max_wait=30))
     await asyncio.to_thread(server.wait_for, "reserve", 2)
     old = server.drain()
+    await asyncio.to_thread(until, lambda: len(server.sessions) == 1 and hub(client).core.counters.sessions == 2)
     await call(client, route="new")
     assert await client.flush()
     (new,) = server.sessions
@@ -271,6 +272,40 @@ async def test_a_drain_whose_server_goes_before_it_answers(connect_async: Connec
     grant = await waiting
     assert server.grants[grant.reservation_id] == 1
     grant.release()
+
+
+def test_what_is_granted_may_be_committed_while_the_server_drains(connect: Connect, server: Fake) -> None:
+    client = connect(budget=0.1)
+    grant = client.acquire(model="m")
+    server.refuse = grpc.StatusCode.UNAVAILABLE
+    old = server.drain(20)
+    # Longer than anybody waits for a server, and than a session is kept that nobody needs.
+    assert not old.ended.wait(1.0)
+    grant.commit_usage(output_tokens=1)
+    client.close()
+    assert len(server.items("commit")) == 1
+
+
+def test_a_drained_session_that_nobody_needs_is_closed(connect: Connect, server: Fake) -> None:
+    client = connect()
+    grant = client.acquire(model="m")
+    server.refuse = grpc.StatusCode.UNAVAILABLE
+    old = server.drain(20)
+    grant.release()
+    assert client.flush()
+    assert old.ended.wait(5)
+
+
+def test_a_server_that_drains_every_session_is_not_stormed(connect: Connect, server: Fake) -> None:
+    client = connect()
+    client.acquire(model="m").release()
+    assert client.flush()
+    until_then = time.monotonic() + 2.0
+    while time.monotonic() < until_then:
+        if server.sessions:
+            server.drain(20)
+        time.sleep(0.002)
+    assert 3 <= hub(client).core.counters.drains <= 12
 
 
 # -- times ------------------------------------------------------------------------------------------------------------

@@ -82,6 +82,31 @@ async def test_drain() -> None:
         await stopping
 
 
+async def test_no_new_sessions_while_draining() -> None:
+    async with running() as server, calling(server) as caller:
+        talk = Talk(caller)
+        await talk.hello()
+        await talk.one(reserve=reserve())
+        stopping = asyncio.create_task(server.stop(1))
+        await talk.drain()
+        late = Talk(caller)
+        with pytest.raises((EOFError, grpc.aio.AioRpcError, AssertionError)):
+            await late.hello()
+        assert await late.call.code() is grpc.StatusCode.UNAVAILABLE
+        await stopping
+
+
+async def test_a_drain_waits_a_moment_for_somebody_to_come() -> None:
+    async with running() as server, calling(server) as caller:
+        request = reserve()
+        grant = (await caller.reserve(request)).grant
+        stopping = asyncio.create_task(server.stop(10))
+        await asyncio.sleep(0.4)
+        assert not (await caller.coordinator.Commit(commit(request, grant.context))).late
+        async with asyncio.timeout(1):
+            await stopping
+
+
 async def test_drain_ends_early() -> None:
     async with running() as server, calling(server) as caller:
         await caller.reserve()

@@ -301,3 +301,55 @@ async def test_large_answers_are_split() -> None:
         assert all(answer.reserve.HasField("grant") for answer in answers)
         assert len({answer.reserve.grant.context for answer in answers}) == 4_000
         await until(lambda: not server.desk.undelivered)
+
+
+async def test_a_grant_for_a_handler_that_was_cancelled(caller: Caller, server: Server) -> None:
+    first = reserve(input_tokens=60_000)
+    grant = (await caller.reserve(first)).grant
+    talk = await greeted(caller)
+    await talk.send(pb.RequestItem(reserve=reserve(input_tokens=9_000, wait=60)))
+    await until(lambda: waiting(server) == 1)
+    (session,) = server.sessions.running
+    await until(lambda: session._wake is not None)
+    (handler,) = [task for task in asyncio.all_tasks() if getattr(task, "_fut_waiter", None) is session._wake]
+    handler.cancel()
+    await until(lambda: not server.sessions.running)
+    # Its turn comes before it is withdrawn.
+    await caller.coordinator.Release(pb.ReleaseRequest(reservation_id=first.reservation_id, context=grant.context))
+    await until(lambda: waiting(server) == 0)
+    await until(lambda: not state_of(server).open and not server.desk.undelivered)
+
+
+async def test_a_grant_that_cannot_be_answered_is_given_back(
+    caller: Caller, server: Server, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*_: object) -> bytes:
+        raise ZeroDivisionError
+
+    monkeypatch.setattr(server.desk.replies, "granted", fail)
+    talk = await greeted(caller)
+    assert (await talk.one(reserve=reserve())).HasField("error")
+    await until(lambda: not state_of(server).open and not server.desk.undelivered)
+
+
+async def test_cancelling_a_reserve_over_several_accounts() -> None:
+    full = {"requests": 1, "input_tokens": 60_000, "output_tokens": 6_000}
+    fields = {"accounts": {"one": {"pools": {"sonnet-4": full}}, "two": {"pools": {"sonnet-4": full}}}}
+    async with running(fields) as server, calling(server) as caller:
+        await caller.reserve(account="one")
+        request = reserve(account="one")
+        request.candidates.append(reserve(account="two").candidates[0])
+        talk = await greeted(caller)
+        await talk.send(pb.RequestItem(number=100, reserve=request), pb.RequestItem(number=101, cancel=100))
+        assert (await talk.answer(101)).cancel.cancelled
+        assert (await talk.answer(100)).error.code == CANCELLED
+        await asyncio.sleep(0.3)
+        assert not state_of(server, "two").open
+        assert not server.desk.wides
+        assert not server.desk.undelivered
+        # The other way: what the first one asked has granted goes back.
+        request = reserve(account="two")
+        request.candidates.append(reserve(account="one").candidates[0])
+        await talk.send(pb.RequestItem(number=200, reserve=request), pb.RequestItem(number=201, cancel=200))
+        assert (await talk.answer(201)).cancel.cancelled
+        await until(lambda: not state_of(server, "two").open and not server.desk.wides)

@@ -363,3 +363,29 @@ async def test_accounts_are_capped() -> None:
             await caller.reserve(account="newer")
         assert caught.value.code() is grpc.StatusCode.FAILED_PRECONDITION
         assert violations(caught.value) == ["candidates[0].target.account"]
+
+
+async def test_an_id_is_for_one_call(caller: Caller, server: Server) -> None:
+    request = reserve()
+    first = await caller.reserve(request)
+    with pytest.raises(grpc.aio.AioRpcError) as caught:
+        await caller.reserve(reserve(request.reservation_id, model=OTHER_MODEL))
+    assert caught.value.code() is grpc.StatusCode.FAILED_PRECONDITION
+    assert violations(caught.value) == ["reservation_id"]
+    # With the target among others, it is the grant that there is.
+    both = reserve(request.reservation_id, model=OTHER_MODEL)
+    both.candidates.append(request.candidates[0])
+    again = await caller.reserve(both)
+    assert (again.grant.target, again.grant.pool) == (first.grant.target, POOL)
+    assert again.grant.candidate_index == 1
+    assert [each.pool for each in state_of(server).open.values()] == [POOL]
+    assert not server.desk.undelivered
+
+
+async def test_a_bulk_has_a_bound_that_no_configuration_lifts() -> None:
+    async with running({"limits": {"max_bulk": 5_000}}) as server, calling(server) as caller:
+        with pytest.raises(grpc.aio.AioRpcError) as caught:
+            await caller.reserve(count=1_001)
+        assert caught.value.code() is grpc.StatusCode.INVALID_ARGUMENT
+        assert violations(caught.value) == ["count"]
+        assert (await caller.reserve(count=1_000)).HasField("denial")

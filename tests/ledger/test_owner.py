@@ -320,6 +320,33 @@ async def test_an_append_that_hangs_counts_as_failed(world: World) -> None:
     assert world.caller.kinds()["y"] == "Invalid"
 
 
+async def test_a_loop_that_was_held_up_is_no_failure_of_the_journal(world: World) -> None:
+    world.journal.gate.clear()
+    world.submit("x")
+    await settle()
+    # The answer has come, and the loop was too late to look, four times over.
+    world.journal.gate.set()
+    for _ in range(4):
+        world.clock._monotonic += 4_000_000
+        world.clock.advance(0)
+    await settle()
+    assert world.caller.kinds() == {"x": "Invalid"}
+    assert world.owner.statistics.append_failures == 0
+    assert world.owner.phase is Phase.SERVING
+
+
+async def test_a_loop_that_is_always_late_sees_an_append_that_hangs(world: World) -> None:
+    world.journal.gate.clear()
+    world.submit("x")
+    await settle()
+    for _ in range(20):
+        world.clock._monotonic += 4_000_000
+        world.clock.advance(0)
+        await settle()
+    assert world.caller.kinds() == {"x": "LedgerUnavailable"}
+    world.journal.gate.set()
+
+
 async def test_a_store_that_reads_but_does_not_write_is_not_asked_all_the_time(world: World) -> None:
     world.journal.lose = [False] * 40
     for number in range(200):

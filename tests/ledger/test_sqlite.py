@@ -473,6 +473,10 @@ async def test_how_long_an_append_takes(tmp_path: Path, durability: Durability) 
             started = time.perf_counter()
             await journal.append(last)
             times.append(time.perf_counter() - started)
+    async with opened(tmp_path / "store.db", durability) as store:
+        _, tail = await read(store.journal("a"))
+    assert len(tail) == len(times)
+    assert tail[-1] == last
     times.sort()
     print(
         f"append of 2 kB, durability={durability.value}: mean {sum(times) / len(times) * 1e6:.0f}, "

@@ -105,8 +105,15 @@ class Ticket:
             else:
                 self.desk.unclaim(self.key)
                 self.sink.failed(self, self._problem(answer))
-        except Exception as error:
+        except Problem as problem:
             self.desk.unclaim(self.key)
+            self.sink.failed(self, problem)
+        except Exception as error:
+            if type(answer) is Granted:
+                # Nobody has it.
+                self.desk.abandon(self)
+            else:
+                self.desk.unclaim(self.key)
             self.sink.failed(self, unexpected("reserve", error))
 
     def committed(self, answer: Answer | LedgerError) -> None:
@@ -296,9 +303,10 @@ class Desk:
 
     def withdraw(self, ticket: Ticket) -> None:
         """Release a Reserve wherever it is now."""
-        slot = ticket.wide.current if ticket.wide is not None else ticket.slot
-        if slot is not None:
-            slot.submit(Release(ticket.key), _nobody)
+        if ticket.wide is not None:
+            ticket.wide.withdraw()
+        elif ticket.slot is not None:
+            ticket.slot.submit(Release(ticket.key), _nobody)
 
     def abandon_later(self, tickets: Sequence[Ticket]) -> None:
         """The same for a caller that is gone, after a moment in which it may ask again under the same ids."""
@@ -407,20 +415,29 @@ class Wide:
         self._part: _Part | None = None
         self._wait_us = plan.operation.max_wait_us
         self._last: Answer | LedgerError | None = None
+        self._withdrawn = False
         self._since = asyncio.get_running_loop().time()
         self._split(plan)
         desk.wides[self._key] = self
         ticket.wide = self
 
-    @property
-    def current(self) -> Slot | None:
-        """The ledger that is asked now, or was last."""
-        return None if self._part is None else self._part.slot
-
     def join(self, ticket: Ticket) -> None:
         """Another caller of the same id: it gets the same answer."""
         ticket.wide = self
         self._tickets.append(ticket)
+
+    def withdraw(self) -> None:
+        """Nobody wants the answer any more: ask no further ledger, and give back what the present one grants."""
+        self._withdrawn = True
+        self._forget()
+        if self._part is not None:
+            self._part.slot.submit(Release(self._key), _nobody)
+
+    def _forget(self) -> None:
+        wides = self._desk.wides
+        # After a withdrawal, the id may have been asked for anew.
+        if wides.get(self._key) is self:
+            del wides[self._key]
 
     def begin(self) -> None:
         """Ask the first ledger."""
@@ -468,6 +485,10 @@ class Wide:
         part = self._part
         if part is None:
             return
+        if self._withdrawn:
+            if isinstance(answer, Granted):
+                part.slot.submit(Release(self._key), _nobody)
+            return
         try:
             released = isinstance(answer, Denied) and answer.reason is Reason.RELEASED
             undecided = isinstance(answer, LedgerBusy | LedgerDraining)
@@ -489,7 +510,7 @@ class Wide:
             self._fail(unexpected("reserve", error))
 
     def _finish(self, answer: Answer | LedgerError | None) -> None:
-        self._desk.wides.pop(self._key, None)
+        self._forget()
         part = self._part
         for ticket in self._tickets:
             if part is not None:
@@ -499,7 +520,7 @@ class Wide:
             ticket.reserved(LedgerUnavailable("no ledger was asked") if answer is None else answer)
 
     def _fail(self, problem: Problem) -> None:
-        self._desk.wides.pop(self._key, None)
+        self._forget()
         for ticket in self._tickets:
             ticket.wide = None
             self._desk.unclaim(self._key)

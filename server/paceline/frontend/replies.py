@@ -22,6 +22,7 @@ from paceline.engine.dimensions import UNLIMITED, Dimension, Window
 from paceline.engine.operations import Context
 from paceline.frontend import wire
 from paceline.frontend.context import Signer
+from paceline.frontend.errors import refused
 from paceline.frontend.limits import MAX_CACHED_DURATIONS, MAX_CACHED_SETTLEMENTS
 from paceline.frontend.places import Destination
 from paceline_client.stubs import v1 as pb
@@ -109,10 +110,16 @@ class Replies:
     # -- reserve ------------------------------------------------------------------------------------------------
 
     def granted(self, answer: Granted, choices: Sequence[tuple[int, Destination]], prefix: int) -> bytes:
-        """A ReserveResponse. ``prefix`` is the length of the identity before each key."""
+        """A ReserveResponse. ``prefix`` is the length of the identity before each key.
+
+        Raises :class:`~paceline.frontend.errors.Problem` if the grant is that of an earlier call to somewhere else.
+        """
         place = answer.candidate_index
-        index, destination = choices[place] if place < len(choices) else choices[-1]
         context = answer.context
+        pool = context.pool
+        if place >= len(choices) or choices[place][1].pool != pool:
+            place = _place_of(pool, choices)
+        index, destination = choices[place]
         sealed = self._seal(context)
         expires_us = answer.expires_in_us
         expiry = self._expiries.get(expires_us)
@@ -222,6 +229,14 @@ class Replies:
         if answer.expires_in_us:
             response.expires_in.FromMicroseconds(answer.expires_in_us)
         return response.SerializeToString()
+
+
+def _place_of(pool: str, choices: Sequence[tuple[int, Destination]]) -> int:
+    """The candidate of an id that was sent again with other candidates."""
+    for place, (_, destination) in enumerate(choices):
+        if destination.pool == pool:
+            return place
+    raise refused("reservation_id", "was used for a call to another target: use a new id")
 
 
 def _settlement(pool: str, dimension: Dimension, window: Window | None) -> bytes:

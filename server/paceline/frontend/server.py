@@ -32,7 +32,7 @@ from paceline.frontend.coordinator import SERVICE, Coordinator
 from paceline.frontend.desk import Desk
 from paceline.frontend.fallback import Fallback
 from paceline.frontend.figures import figures, traffic
-from paceline.frontend.limits import FALLBACK_REFRESH_US, MAX_STREAMS, Caps
+from paceline.frontend.limits import FALLBACK_REFRESH_US, MAX_COUNT, MAX_STREAMS, Caps
 from paceline.frontend.places import Places
 from paceline.frontend.replies import Replies
 from paceline.frontend.requests import Ladder, Requests
@@ -61,6 +61,8 @@ _LEAST_PING_MS = 5_000
 _FLUSH_SECONDS = 0.5
 """For the last answers to leave."""
 _DRAIN_POLL_SECONDS = 0.02
+_ALONE_SECONDS = 1.0
+"""Draining, with nobody there for so long: nobody comes back for what is granted."""
 
 _SERVING = health_pb2.HealthCheckResponse.SERVING
 _NOT_SERVING = health_pb2.HealthCheckResponse.NOT_SERVING
@@ -89,6 +91,8 @@ class Server:
         self.admin: administration.Admin
         self.fallback: Fallback
         self.metrics: Endpoint | None = None
+        self._seen = 0.0
+        """When somebody was last connected, while draining."""
         self._server: grpc.aio.Server | None = None
         self._tasks: set[asyncio.Task[None]] = set()
         self._health_task: asyncio.Task[None] | None = None
@@ -168,7 +172,6 @@ class Server:
                 batch_bytes=limits.max_message_bytes,
                 open_items=limits.max_session_in_flight,
             ),
-            grace_us=lambda: limits.drain_timeout_us,
         )
         self.coordinator = Coordinator(self.desk, self.sessions, self.authenticator, self.fallback)
         self.admin = administration.Admin(self.router, self.authenticator, places, self._provider_of)
@@ -272,10 +275,11 @@ class Server:
         """Drain for at most ``drain_timeout`` seconds (``None``: as configured), then stop.
 
         New Reserves are denied; what is granted may be committed. It ends early once nothing is left to do: no item
-        without an answer, and nobody connected or nothing granted.
+        without an answer, and nothing granted or nobody connected for a moment.
         """
         limit = self.config.limits.drain_timeout_us / 1e6 if drain_timeout is None else drain_timeout
-        deadline = time.monotonic() + limit
+        self._seen = time.monotonic()
+        deadline = self._seen + limit
         self.draining = self.desk.draining = True
         await self._tell_health()
         self.sessions.drain(int(limit * 1e6))
@@ -295,9 +299,12 @@ class Server:
         await self.store.close()
 
     def _busy(self) -> bool:
+        now = time.monotonic()
+        if self.sessions.running or self.coordinator.running:
+            self._seen = now
         if self.sessions.pending or self.coordinator.running:
             return True
-        if not self.sessions.running:
+        if now - self._seen > _ALONE_SECONDS:
             return False
         return any(slot.state is not None and slot.state.open for slot in self.router.slots.values())
 
@@ -389,7 +396,7 @@ def _caps(config: Config) -> Caps:
     limits = config.limits
     return Caps(
         candidates=limits.max_candidates,
-        calls=limits.max_bulk,
+        calls=min(limits.max_bulk, MAX_COUNT),
         label_chars=limits.max_label_length,
         headers=limits.max_headers,
         header_value_bytes=limits.max_header_bytes,

@@ -9,7 +9,6 @@ from __future__ import annotations
 import asyncio
 import secrets
 from collections import Counter, deque
-from collections.abc import Callable
 from typing import Final, cast
 
 import grpc
@@ -21,7 +20,7 @@ from paceline.frontend import desk as kinds
 from paceline.frontend import wire
 from paceline.frontend.auth import Authenticator, Caller
 from paceline.frontend.desk import Desk, Ticket
-from paceline.frontend.errors import Code, Problem, exhausted, invalid, undecodable, unexpected
+from paceline.frontend.errors import Code, Problem, exhausted, invalid, unavailable, undecodable, unexpected
 from paceline.frontend.fallback import Fallback
 from paceline.frontend.limits import (
     HELLO_TIMEOUT_US,
@@ -170,10 +169,8 @@ class Session:
             self._full.append((self._outbox, self._granted))
             self._full_size += self._size
             self._outbox, self._granted, self._size = [], [], 0
-        wake = self._wake
-        if wake is not None:
-            self._wake = None
-            wake.set_result(None)
+        if self._wake is not None:
+            self._rouse()
 
     # -- the stream ---------------------------------------------------------------------------------------------
 
@@ -208,6 +205,7 @@ class Session:
                     # Answers come in bursts: let the rest of this one be put before it is written.
                     await asyncio.sleep(0)
         finally:
+            self._wake = None
             reader.cancel()
             queued = [ticket for _, granted in self._full for ticket in granted]
             self._desk.abandon_later([*self.open.values(), *self._granted, *self._writing, *queued])
@@ -332,7 +330,6 @@ class Sessions:
         server_version: str,
         header_names: frozenset[str],
         caps: SessionCaps | None = None,
-        grace_us: Callable[[], int] = lambda: 0,
     ) -> None:
         self._desk = desk
         self._authenticator = authenticator
@@ -340,7 +337,6 @@ class Sessions:
         self._version = server_version
         self._headers = sorted(header_names)
         self._caps = SessionCaps() if caps is None else caps
-        self._grace_us = grace_us
         self._count = 0
         self.running: set[Session] = set()
         self.opened = 0
@@ -385,12 +381,14 @@ class Sessions:
             caller = await self._hello(context, identity)
             if caller is None:
                 return None
+            if self._desk.draining:
+                # Accepted and told to go, a client without another server would come back at once.
+                raise unavailable("this server is going away: use another one, or come back later")
             session = Session(self._desk, caller, self._caps, self._fallback, context, self.tally)
             self.opened += 1
-            await context.write(self._welcome(session).SerializeToString())
+            # From here on it hears of a drain, which it passes on after the welcome.
             self.running.add(session)
-            if self._desk.draining:
-                session.drain(self._grace_us())
+            await context.write(self._welcome(session).SerializeToString())
             return await session.run()
         finally:
             self._count -= 1

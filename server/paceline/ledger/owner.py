@@ -513,14 +513,28 @@ class Owner:
     def _watch(self) -> None:
         if not self._watching:
             self._watching = True
-            self._clock.call_at(self._flying_since + self._options.append_timeout_us, self._watched)
+            self._look_at(self._flying_since + self._options.append_timeout_us, 0)
 
-    def _watched(self) -> None:
+    def _look_at(self, due: int, looks: int) -> None:
+        since = self._flying_since
+        self._clock.call_at(due, lambda: self._watched(since, due, looks))
+
+    def _watched(self, since: int, due: int, looks: int) -> None:
         self._watching = False
         if self._flying is None:
             return
-        if self._clock.monotonic() - self._flying_since < self._options.append_timeout_us:
+        now = self._clock.monotonic()
+        if self._flying_since != since:
+            looks = 0
+        if now - self._flying_since < self._options.append_timeout_us:
             self._watch()
+            return
+        # Was it the journal, or was this process itself held up? An acknowledgement that came meanwhile takes some
+        # turns of the loop to arrive; and the journal's thread may have been held up as well.
+        late = now - due
+        if looks < _LAST_LOOKS or (late > _LOOK_US and looks < _MOST_LOOKS):
+            self._watching = True
+            self._look_at(now + max(_LOOK_US, min(late, self._options.append_timeout_us)), looks + 1)
         else:
             self._broken(StoreUnavailable("an append was not acknowledged in time"))
 
@@ -857,6 +871,12 @@ class Owner:
             else:
                 await asyncio.sleep(0)
 
+
+_LOOK_US = 20_000
+_LAST_LOOKS = 3
+_MOST_LOOKS = 10
+"""How often, and how far apart, to look again for an acknowledgement whose time is over: more often only while
+even the looking is late."""
 
 _PAUSE_SECONDS = 0.002
 """How long replaying and dumping may keep the event loop at a time."""

@@ -153,6 +153,8 @@ class Counters:
 @dataclass(slots=True)
 class Timer:
     action: Callable[[float], None] | None
+    holds: Callable[[], bool] = lambda: False
+    """Whether it belongs to a grant that somebody still holds."""
 
 
 class Core:
@@ -262,8 +264,16 @@ class Core:
         self.counters.sessions += 1
 
     def take(self, stream: Stream, now: float) -> pb.SessionRequest | None:
-        """The next message for the stream: all that waits, as far as the server's bounds allow."""
-        if stream is not self.current or stream.closed:
+        """The next message for the stream: all that waits, as far as the server's bounds allow.
+
+        While nobody else is there, one that is drained takes reports: what its server has granted may be settled there.
+        """
+        if stream.closed:
+            return None
+        queues = [self._report_queue]
+        if stream is self.current:
+            queues.append(self._reserve_queue)
+        elif self.current is not None or not stream.draining:
             return None
         chosen: list[Operation] = []
         size = 0
@@ -274,7 +284,7 @@ class Core:
             reserve_room = int(stream.max_open * (1 - REPORT_SLOTS)) - stream.reserves
         message = pb.SessionRequest()
         items = message.batch.items
-        for queue in (self._report_queue, self._reserve_queue):
+        for queue in queues:
             while queue and len(chosen) < room and len(chosen) < open_room:
                 operation = queue[0]
                 if operation.state is not State.QUEUED:
@@ -332,7 +342,7 @@ class Core:
                 self._answer(operation, item, now)
 
     def drain(self, stream: Stream, now: float) -> None:
-        """The server goes: the stream takes nothing new."""
+        """The server goes: the stream takes no Reserve, and once another one is there, nothing."""
         if not stream.draining:
             stream.draining = True
             self.counters.drains += 1
@@ -386,9 +396,9 @@ class Core:
 
     # -- time ---------------------------------------------------------------------------------------------------
 
-    def call_at(self, due: float, action: Callable[[float], None]) -> Timer:
+    def call_at(self, due: float, action: Callable[[float], None], holds: Callable[[], bool] | None = None) -> Timer:
         """Call ``action`` from :meth:`tick`, once it is due."""
-        timer = Timer(action)
+        timer = Timer(action) if holds is None else Timer(action, holds)
         heapq.heappush(self._timers, (due, next(self._timer_ids), timer))
         return timer
 
@@ -424,7 +434,22 @@ class Core:
     @property
     def has_queued(self) -> bool:
         """Whether something could be sent."""
-        return bool(self._report_queue or self._reserve_queue)
+        if self.current is not None:
+            return bool(self._report_queue or self._reserve_queue)
+        return bool(self._report_queue) and self.can_report
+
+    @property
+    def can_report(self) -> bool:
+        """Whether there is somebody who takes reports."""
+        return self.current is not None or any(stream.draining for stream in self.streams)
+
+    def is_done(self, stream: Stream) -> bool:
+        """Whether a drained stream is not needed any more."""
+        if stream.open:
+            return False
+        if self.current is not None:
+            return True
+        return not self.reports and not any(timer.holds() for _, _, timer in self._timers if timer.action is not None)
 
     # -- inside -------------------------------------------------------------------------------------------------
 
@@ -492,7 +517,8 @@ class Core:
             return
         if operation.kind is not Kind.RESERVE:
             self.counters.refused_reports += 1
-        self._finish(operation, Failure(code, status.message))
+        # The server fails at this very request, and would again. Not the caller's fault: the policy decides.
+        self._finish(operation, Failure(code, status.message, unreachable=code == "ABORTED"))
 
     def _retry_delay(self, operation: Operation) -> float:
         delay = min(FIRST_RETRY * 2.0 ** min(operation.tries, 16), LAST_RETRY)
@@ -629,7 +655,7 @@ _CODES: Final = {
     15: "DATA_LOSS",
     16: "UNAUTHENTICATED",
 }
-_RETRIED: Final = frozenset({"UNAVAILABLE", "RESOURCE_EXHAUSTED", "DEADLINE_EXCEEDED", "CANCELLED", "ABORTED"})
+_RETRIED: Final = frozenset({"UNAVAILABLE", "RESOURCE_EXHAUSTED", "DEADLINE_EXCEEDED", "CANCELLED"})
 
 
 def _retry_info(status: status_pb2.Status) -> float:

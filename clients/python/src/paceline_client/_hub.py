@@ -50,6 +50,9 @@ STABLE: Final = 1.0
 """A session that lived for so long starts the back-off anew. Unit: seconds."""
 DRAIN_SPREAD: Final = 0.1
 """The clients of a server that goes do not all come back in one instant. Unit: seconds."""
+DRAIN_LINGER: Final = 0.5
+DRAIN_POLL: Final = 0.05
+"""Unit: seconds."""
 EXIT_BUDGET: Final = 1.5
 """For the last reports, when the interpreter ends. Unit: seconds."""
 JOIN_BUDGET: Final = 0.4
@@ -167,6 +170,7 @@ class Hub:
         self.local = LocalPolicy(self.endpoint.local_scale)
         """Not the parent's: the parts of all processes add up to the limit."""
         self._chance = random.Random()
+        self._backoff = FIRST_BACKOFF
         self._lock = threading.Lock()
         self._to_write = threading.Condition(self._lock)
         self._to_time = threading.Condition(self._lock)
@@ -212,10 +216,10 @@ class Hub:
         with self._lock:
             return self.core.abandon(operation)
 
-    def call_at(self, due: float, action: Callable[[float], None]) -> Timer:
+    def call_at(self, due: float, action: Callable[[float], None], holds: Callable[[], bool] | None = None) -> Timer:
         """Call ``action`` under the lock, in the thread that keeps the times."""
         with self._lock:
-            timer = self.core.call_at(due, action)
+            timer = self.core.call_at(due, action, holds)
             self._after_timer()
             return timer
 
@@ -240,7 +244,8 @@ class Hub:
     @property
     def is_hopeless(self) -> bool:
         """Nobody has been reached for longer than a call would wait."""
-        down = self.core.down_since
+        with self._lock:
+            down = None if self.core.can_report else self.core.down_since
         return self._closed or (down is not None and self.clock() - down > self.endpoint.budget)
 
     def flush(self, timeout: float, *, hopeless: bool = True) -> bool:
@@ -253,7 +258,7 @@ class Hub:
             while self.core.reports and not self._closed:
                 now = self.clock()
                 left = deadline - now
-                down = self.core.down_since
+                down = None if self.core.can_report else self.core.down_since
                 if not hopeless and down is not None:
                     left = min(left, down + self.endpoint.budget - now)
                 if left <= 0:
@@ -329,7 +334,7 @@ class Hub:
     def _after(self) -> list[Operation]:
         """Wake whoever has something to do. The operations that ended."""
         core = self.core
-        if core.current is not None and core.has_queued:
+        if core.has_queued:
             self._to_write.notify_all()
         self._after_timer()
         if not core.reports:
@@ -399,7 +404,6 @@ class Hub:
     def _connect(self, delay: float) -> None:
         """Have a session, and a new one when it breaks, until it is drained or the hub stops."""
         thread = threading.current_thread()
-        backoff = FIRST_BACKOFF
         try:
             while self._pause(delay):
                 stream = Stream(unary=self._unary)
@@ -411,21 +415,26 @@ class Hub:
                     fatal = True
                 if stream.draining:
                     return
-                lived = 0.0 if stream.welcomed is None else self.clock() - stream.welcomed
-                if fatal:
-                    backoff = LAST_BACKOFF
-                elif lived >= STABLE:
-                    backoff = FIRST_BACKOFF
-                if stream.welcomed is not None and backoff == FIRST_BACKOFF:
-                    delay = backoff * self._chance.random()
-                else:
-                    delay = backoff * (0.5 + 0.5 * self._chance.random())
-                backoff = min(backoff * 1.8, LAST_BACKOFF)
+                with self._lock:
+                    delay = self._next_delay(stream, fatal)
                 if self._unary and not stream.unary:
                     delay = 0.0
         finally:
             with self._lock:
                 self._links.discard(thread)
+
+    def _next_delay(self, stream: Stream, fatal: bool = False) -> float:
+        """The delay before the next session, when this one has ended or is drained."""
+        lived = 0.0 if stream.welcomed is None else self.clock() - stream.welcomed
+        if fatal:
+            self._backoff = LAST_BACKOFF
+        elif lived >= STABLE:
+            self._backoff = FIRST_BACKOFF
+        backoff = self._backoff
+        self._backoff = min(backoff * 1.8, LAST_BACKOFF)
+        if stream.welcomed is not None and backoff == FIRST_BACKOFF:
+            return max(backoff, DRAIN_SPREAD if stream.draining else 0.0) * self._chance.random()
+        return backoff * (0.5 + 0.5 * self._chance.random())
 
     def _pause(self, delay: float) -> bool:
         """Wait. Whether to go on."""
@@ -526,16 +535,29 @@ class Hub:
                 self.core.welcome(stream, message.welcome, now)
             elif what == "drain" and not stream.draining:
                 self.core.drain(stream, now)
-                grace = wire.seconds(message.drain.grace)
-                self.core.call_at(now + grace + 1.0, lambda _at: self.core.suspects.append(stream))
+                self._let_go(stream, now + wire.seconds(message.drain.grace) + 1.0, now)
                 if not self._stopped:
-                    self._link(DRAIN_SPREAD * self._chance.random())
+                    self._link(self._next_delay(stream))
                 self._to_write.notify_all()
-            if stream.draining and not stream.open:
-                self.core.suspects.append(stream)
-                self._to_time.notify()
             ended = self._after()
         _deliver(ended)
+
+    def _let_go(self, stream: Stream, until: float, needed: float) -> None:
+        """Cut a drained stream, once it has not been needed for a moment or its server should be gone.
+
+        ``needed`` is when it was last needed: a grant that has just come is not yet in its caller's hands.
+        """
+
+        def look(now: float) -> None:
+            if stream.closed:
+                return
+            done = self.core.is_done(stream)
+            if now >= until or (done and (self.core.current is not None or now - needed >= DRAIN_LINGER)):
+                self.core.suspects.append(stream)
+            else:
+                self._let_go(stream, until, needed if done else now)
+
+        self.core.call_at(min(until, self.clock() + DRAIN_POLL), look)
 
     # -- without a session ----------------------------------------------------------------------------------------
 

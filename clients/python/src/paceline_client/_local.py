@@ -88,12 +88,13 @@ class _Bucket:
 
 @dataclass(slots=True)
 class _Pool:
-    expires_at: float
     buckets: dict[str, _Bucket] = field(default_factory=dict)
     gauges: dict[str, int] = field(default_factory=dict)
     open: dict[LocalGrant, float] = field(default_factory=dict)
     """Grants in progress, with the time at which their place is free at the latest."""
     share: Share | None = None
+    lapsed: bool = False
+    """The share has expired."""
 
 
 class LocalPolicy:
@@ -175,15 +176,14 @@ class LocalPolicy:
     def _pool(self, target: Target, now: float) -> tuple[str, _Pool]:
         name = self._pool_of.get(target) or self._match(target) or f"{target.provider}/{target.model}"
         share = self._shares.get(name)
-        if share is not None and share.expires_at <= now:
-            share = None
+        lapsed = share is not None and share.expires_at <= now
         pool = self._pools.get(name)
         if pool is None:
-            pool = _Pool(0.0)
+            pool = _Pool()
             _put(self._pools, name, pool, MAX_POOLS)
-        if not pool.buckets or pool.share is not share:
-            pool.share = share
-            self._resize(pool, BUILT_IN if share is None else share.per_minute, share is not None, now)
+        if not pool.buckets or pool.share is not share or pool.lapsed is not lapsed:
+            pool.share, pool.lapsed = share, lapsed
+            self._resize(pool, self._amounts(share, lapsed), now)
         for bucket in pool.buckets.values():
             bucket.refill(now)
         return name, pool
@@ -194,20 +194,31 @@ class LocalPolicy:
                 return share.pool
         return ""
 
-    def _resize(self, pool: _Pool, amounts: Mapping[str, int], scaled: bool, now: float) -> None:
-        scale = self._scale if scaled else 1.0
+    def _amounts(self, share: Share | None, lapsed: bool) -> Mapping[str, float]:
+        """What may be taken in a minute."""
+        if share is None:
+            return BUILT_IN
+        amounts = {name: amount * self._scale for name, amount in share.per_minute.items()}
+        if not lapsed:
+            return amounts
+        # That the coordinator is silent is no reason to take more than it last allowed, least of all more than nothing.
+        for name, amount in BUILT_IN.items():
+            amounts[name] = min(amount, amounts.get(name, amount))
+        return amounts
+
+    def _resize(self, pool: _Pool, amounts: Mapping[str, float], now: float) -> None:
         old = pool.buckets
         pool.buckets, pool.gauges = {}, {}
         for dimension, amount in amounts.items():
             if dimension in GAUGES:
-                pool.gauges[dimension] = max(1, int(amount * scale)) if amount > 0 else 0
+                pool.gauges[dimension] = max(1, int(amount)) if amount > 0 else 0
                 continue
-            burst = amount * scale * BURST
+            burst = amount * BURST
             before = old.get(dimension)
             if before is not None:
                 before.refill(now)
             level = burst if before is None else min(burst, before.level)
-            pool.buckets[dimension] = _Bucket(amount * scale / 60.0, burst, level, now)
+            pool.buckets[dimension] = _Bucket(amount / 60.0, burst, level, now)
 
     def _wait(self, pool: _Pool, cost: Mapping[str, float], now: float) -> float:
         wait = 0.0

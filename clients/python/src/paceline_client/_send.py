@@ -144,9 +144,12 @@ class Renewals:
 
     def schedule(self, due: float, grants: Sequence[Grant]) -> None:
         """Renew then."""
-        timer = self._hub.call_at(due, self.due)
+        timer = self._hub.call_at(due, self.due, self._is_held)
         if len(grants) == 1:
             grants[0]._timer = timer
+
+    def _is_held(self) -> bool:
+        return bool(self._held())
 
     def _held(self) -> list[Grant]:
         found = [grant() for grant in self._grants]
