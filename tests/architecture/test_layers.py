@@ -134,9 +134,7 @@ def names_used(tree: ast.AST) -> Iterator[Import]:
             parts.append(inner.attr)
             inner = inner.value
         if isinstance(inner, ast.Name) and isinstance(inner.ctx, ast.Load):
-            head = origin.get(inner.id) or (
-                f"builtins.{inner.id}" if hasattr(builtins, inner.id) else inner.id
-            )
+            head = origin.get(inner.id) or (f"builtins.{inner.id}" if hasattr(builtins, inner.id) else inner.id)
             yield Import(".".join([head, *reversed(parts)]), inner.lineno)
 
 
@@ -201,9 +199,7 @@ def test_imports_follow_the_layers() -> None:
 
 
 def test_every_package_has_a_layer() -> None:
-    packages = {
-        f"paceline.{entry.name}" for entry in SERVER.iterdir() if entry.is_dir() and any(entry.rglob("*.py"))
-    }
+    packages = {f"paceline.{entry.name}" for entry in SERVER.iterdir() if entry.is_dir() and any(entry.rglob("*.py"))}
     assert packages <= LAYERS.keys(), "a new package needs a row in LAYERS"
 
 

@@ -24,7 +24,8 @@ Address = tuple[str, str, Dimension, Window]
 def month_starts(after: int, until: int) -> list[int]:
     """The instants in ``(after, until]`` at which a calendar month begins in UTC."""
     at = datetime.fromtimestamp(after // 1_000_000, UTC)
-    year, month, starts = at.year, at.month, []
+    year, month = at.year, at.month
+    starts: list[int] = []
     while True:
         year, month = (year + 1, 1) if month == 12 else (year, month + 1)
         start = int((datetime(year, month, 1, tzinfo=UTC) - EPOCH).total_seconds()) * 1_000_000
@@ -139,11 +140,11 @@ class ModelBucket:
         return level, spilled
 
     def _open_at(self, instant: int) -> int:
-        """What calls in flight at ``instant``, charged before it, are now known to cost."""
+        """What calls in flight at ``instant`` (one may end at it), charged before, are now known to cost."""
         return sum(
             piece.amount
             for call in self.calls
-            if call.granted_at < instant and (call.ended_at is None or call.ended_at > instant)
+            if call.granted_at < instant and (call.ended_at is None or call.ended_at >= instant)
             for piece in call.pieces.get(self.address, [])
             if piece.at < instant
         )

@@ -7,8 +7,10 @@ from uuid import UUID
 from hypothesis import note, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
+from msgspec import structs
 
 from paceline.engine.accounting import Estimate, Prices, Profile, Rule, Usage, UsageKind
+from paceline.engine.answers import Granted
 from paceline.engine.dimensions import Dimension, Limit, Window
 from paceline.engine.engine import Caps
 from paceline.engine.operations import (
@@ -32,6 +34,7 @@ from paceline.engine.operations import (
     SetPaused,
 )
 from tests.engine import tally
+from tests.engine.model import month_starts
 from tests.engine.world import LEDGER, World
 
 SECOND = 1_000_000
@@ -196,9 +199,11 @@ class BooksMachine(RuleBasedStateMachine):
         if self.reserves and data.draw(st.integers(0, 7), label="retry") == 0:
             return data.draw(st.sampled_from(self.reserves[-8:]), label="again")
         count = data.draw(st.sampled_from([1, 1, 1, 1, 2, 3]), label="count")
+        shares = data.draw(st.sampled_from([(), (), ("team",), ("team", "team/x")]), label="shares")
+        wanted = data.draw(st.lists(candidates, min_size=1, max_size=2), label="candidates")
         op = Reserve(
             key=self.old_key(data) if data.draw(st.integers(0, 15), label="old") == 0 else self.key(),
-            candidates=tuple(data.draw(st.lists(candidates, min_size=1, max_size=2), label="candidates")),
+            candidates=tuple(structs.replace(candidate, shares=shares) for candidate in wanted),
             tenant=data.draw(st.sampled_from(["t1", "t1", "t2"]), label="tenant"),
             priority=data.draw(st.sampled_from(Priority), label="priority"),
             max_wait_us=data.draw(waits, label="wait"),
@@ -311,6 +316,11 @@ class BooksMachine(RuleBasedStateMachine):
     def next_month(self) -> None:
         self.world.advance(20 * DAY)
 
+    @rule(off=st.sampled_from([-20 * SECOND, -SECOND, -1, 0]))
+    def to_the_end_of_the_month(self, off: int) -> None:
+        (turn, *_) = month_starts(self.world.now, self.world.now + 32 * DAY)
+        self.world.advance(max(0, turn + off - self.world.now))
+
     # -- operators and machines -------------------------------------------------------------------------------------
 
     @rule(
@@ -384,7 +394,64 @@ class ForgetfulMachine(BooksMachine):
     property = "books, bounded memory"
 
 
+class RefundMachine(RuleBasedStateMachine):
+    """One small bucket that is nearly full, and many holds that come back: where seconds could be credited twice."""
+
+    property = "refunds"
+
+    def __init__(self) -> None:
+        super().__init__()
+        tally.example(self.property)
+        self.world = World()
+        self.opened: list[str] = []
+
+    @initialize(amount=st.sampled_from([60, 60, 101, 7]), burst=st.sampled_from([100, 100, 13]))
+    def define(self, amount: int, burst: int) -> None:
+        limits = (Limit(Dimension.INPUT_TOKENS, Window.MINUTE, amount, burst),)
+        profile = Profile("one", (Rule(Dimension.INPUT_TOKENS, hold_input=1000, settle_input=1000),))
+        self.world.do(DefinePool("p", profile, limits))
+
+    @rule(size=st.integers(0, 60), hold=st.sampled_from([10, 300, 300]), count=st.sampled_from([1, 1, 1, 2]))
+    def reserve(self, size: int, hold: int, count: int) -> None:
+        key = f"svc/{UUID(int=len(self.opened) + 1)}"
+        candidate = Candidate("p", estimate=Estimate(input_tokens=size), prices=PRICES)
+        (answer,) = self.world.do(Reserve(key, (candidate,), hold_us=hold * SECOND, count=count))
+        self.opened += answer.keys if isinstance(answer, Granted) else [key]
+
+    @rule(which=st.integers(0, 7), used=st.one_of(st.just(0), st.integers(0, 80)))
+    def commit(self, which: int, used: int) -> None:
+        if self.opened:
+            key = self.opened[-1 - which % len(self.opened)]
+            outcome = Outcome(Disposition.SUCCEEDED, Usage(input_tokens=used), UsageKind.FINAL)
+            self.world.do(Commit(key, outcome))
+
+    @rule(which=st.integers(0, 7))
+    def release(self, which: int) -> None:
+        if self.opened:
+            self.world.do(Release(self.opened[-1 - which % len(self.opened)]))
+
+    @rule(us=st.one_of(st.integers(1, 40 * SECOND), st.sampled_from([SECOND, 10 * SECOND])))
+    def advance(self, us: int) -> None:
+        self.world.advance(us)
+
+    @rule(used=st.integers(0, 90))
+    def observe(self, used: int) -> None:
+        outcome = Outcome(Disposition.SUCCEEDED, Usage(input_tokens=used), UsageKind.FINAL)
+        self.world.do(Observe(Candidate("p"), outcome))
+
+    @rule(amount=st.sampled_from([30, 60, 200]), burst=st.sampled_from([20, 100, 150]))
+    def limit(self, amount: int, burst: int) -> None:
+        limit = Limit(Dimension.INPUT_TOKENS, Window.MINUTE, amount, burst)
+        self.world.do(SetLimit("p", limit.dimension, limit))
+
+    def teardown(self) -> None:
+        if not self.world.failed:
+            self.world.drain()
+
+
 BooksTest = BooksMachine.TestCase
 BooksTest.settings = settings(max_examples=60, stateful_step_count=50)
 ForgetfulTest = ForgetfulMachine.TestCase
 ForgetfulTest.settings = settings(max_examples=30, stateful_step_count=50)
+RefundTest = RefundMachine.TestCase
+RefundTest.settings = settings(max_examples=100, stateful_step_count=50)

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
 from heapq import heappop, heappush
 from random import Random
 from uuid import UUID
@@ -170,7 +171,9 @@ class History:
         call = Call(
             f"sim/{UUID(int=len(self.calls) + 1)}",
             self.now,
-            *figures,
+            figures[0],
+            figures[1],
+            figures[2],
             cap=cap,
             output=random.randint(0, cap),
             expected_output=random.choice([1, cap // 3, cap]),
@@ -209,7 +212,7 @@ class History:
         chunks = random.randint(1, 5)
         shares = [call.output * (n + 1) // chunks - call.output * n // chunks for n in range(chunks)]
         for share in shares:
-            self.at(random.randint(0, duration), lambda share=share: self.count(call, OUTPUT, share))
+            self.at(random.randint(0, duration), partial(self.count, call, OUTPUT, share))
         self.at(random.randint(0, 50_000), lambda: self.respond(call, duration))
 
     def headers(self) -> Headers:
@@ -404,8 +407,8 @@ def test_a_wrong_level_converges_to_the_truth(fill: int, level: int) -> None:
     history.now += 5 * SECOND
     history.step()
     history.start()
-    for bucket in history.upstream.values():
-        bucket.advance(history.now)
+    for real in history.upstream.values():
+        real.advance(history.now)
     assert calls > 30
     for bucket in history.engine.state.buckets:
         constraint = bucket.constraint

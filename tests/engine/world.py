@@ -29,8 +29,6 @@ from paceline.engine.operations import (
     Commit,
     Context,
     DefinePool,
-    DefineShare,
-    DefineSpend,
     Disposition,
     Mode,
     Observe,
@@ -40,7 +38,6 @@ from paceline.engine.operations import (
     Release,
     Renew,
     Reserve,
-    SetLimit,
     SetMode,
     SetPaused,
 )
@@ -116,6 +113,8 @@ class World:
         self.wake_at: int | None = None
         self.tickets = 0
         self.waiting: dict[int, Waiting] = {}
+        self.taught = False
+        """Headers were reported: levels may be corrected."""
         self.failed = False
         """A check has failed: what follows proves nothing."""
         self.releasing: set[str] = set()
@@ -284,6 +283,7 @@ class World:
             address = address_of(bucket)
             shift = bucket.adjusted - before.get(address, {"adjusted": 0})["adjusted"]
             if shift:
+                assert self.taught, f"{address}: corrected by {shift}, though no response said anything"
                 self.books.correct(address, self.now, shift)
 
     def _expire(self) -> None:
@@ -378,12 +378,12 @@ class World:
                 if isinstance(answer, Done):
                     self.profiles[op.pool] = op.profile
             case SetMode():
-                if isinstance(answer, Done):
+                if isinstance(answer, Done) and op.mode is not None:
                     self.modes[op.pool, op.tenant] = op.mode
             case SetPaused():
                 if isinstance(answer, Done):
                     (self.paused.add if op.paused else self.paused.discard)(op.pool)
-            case DefineShare() | DefineSpend() | SetLimit():
+            case _:
                 assert isinstance(answer, Done | Invalid)
 
     def _possible(self, op: Reserve) -> frozenset[Lane]:
@@ -810,15 +810,24 @@ class World:
         for waiting in sorted(self.waiting.values(), key=lambda w: w.order):
             for lane in waiting.lanes:
                 heads.setdefault(lane, waiting)
-        for ticket, answer in step.answers:
-            if not isinstance(answer, Granted) or answer.context.granted_at != self.now:
-                continue
+        new = [
+            (ticket, answer)
+            for ticket, answer in step.answers
+            if isinstance(answer, Granted)
+            and answer.context.granted_at == self.now
+            and (known := self.grants.get(answer.context.key)) is not None
+            and known.ticket == ticket
+        ]
+        observed = any(answer.would is not None for _, answer in new)
+        for ticket, answer in new:
             context = answer.context
-            known = self.grants.get(context.key)
-            if known is None or known.ticket != ticket:
-                continue
             if answer.would is not None or self.observing(context.pool, context.tenant):
                 continue
+            if len(ops) <= 1 and not observed:
+                for key in answer.keys:
+                    for address, held in self.books.calls[key].holds.items():
+                        assert not held or levels[address] >= 0, f"granted what {address} did not have"
+            known = self.grants[context.key]
             order = self.served.get(ticket, ticket)
             lane = (context.pool, context.shares)
             for waiting in self.waiting.values():

@@ -1,0 +1,239 @@
+"""Counter-examples, kept: each was wrong once, or is so rare that random histories may miss it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+
+from paceline.engine.accounting import Estimate, Prices, Profile, Rule, Usage, UsageKind
+from paceline.engine.answers import Answer, Committed, Denied, Granted, Reason, Released
+from paceline.engine.calendar import next_month
+from paceline.engine.dimensions import SECOND_US, Dimension, Limit, Window
+from paceline.engine.engine import Engine
+from paceline.engine.keys import child_keys
+from paceline.engine.operations import (
+    Candidate,
+    Commit,
+    DefineModes,
+    DefinePool,
+    DefineShare,
+    DefineSpend,
+    Disposition,
+    Mode,
+    Observation,
+    Operation,
+    Outcome,
+    Reading,
+    Release,
+    Reserve,
+    SetLimit,
+    SetMode,
+)
+
+START = 1_790_000_000 * SECOND_US
+PROFILE = Profile("test", (Rule(Dimension.INPUT_TOKENS, hold_input=1_000, settle_input=1_000),))
+NANO_A_TOKEN = Prices(1_000_000)
+CASES: list[Callable[[], None]] = []
+
+
+class Bench:
+    """An engine with one pool of 60 tokens a minute, saved up to 100, and a clock in seconds."""
+
+    def __init__(self, *operations: Operation, amount: int = 60, burst: int = 100) -> None:
+        self.engine = Engine("main")
+        self.now = START
+        limit = Limit(Dimension.INPUT_TOKENS, Window.MINUTE, amount, burst)
+        self.do(DefinePool("pool", PROFILE, (limit,)), *operations)
+
+    def do(self, *operations: Operation) -> list[Answer]:
+        step = self.engine.step(self.now, list(enumerate(operations)))
+        return [answer for _, answer in sorted(step.answers, key=lambda pair: pair[0])]
+
+    def later(self, seconds: float) -> None:
+        self.now += int(seconds * SECOND_US)
+        self.do()
+
+    def level(self, dimension: Dimension = Dimension.INPUT_TOKENS) -> int:
+        """Of the pool (or of the account's money), now."""
+        for bucket in self.engine.state.buckets:
+            if bucket.dimension is dimension and not bucket.share:
+                return bucket.level + bucket.refill(self.now)[0]
+        raise KeyError(dimension)
+
+
+def key(number: int) -> str:
+    return f"me/00000000-0000-0000-0000-{number:012}"
+
+
+def reserve(number: int, tokens: int, *, wait: float = 0, count: int = 1, shares: tuple[str, ...] = ()) -> Reserve:
+    candidate = Candidate("pool", shares, Estimate(input_tokens=tokens), NANO_A_TOKEN)
+    return Reserve(key(number), (candidate,), max_wait_us=int(wait * SECOND_US), count=count)
+
+
+def commit(number: int, tokens: int) -> Commit:
+    usage = Usage(input_tokens=tokens)
+    return Commit(key(number), Outcome(Disposition.SUCCEEDED, usage, UsageKind.FINAL))
+
+
+def case(check: Callable[[], None]) -> Callable[[], None]:
+    CASES.append(check)
+    return check
+
+
+@case
+def refunds_see_each_other() -> None:
+    bench = Bench()
+    bench.do(reserve(1, 10), reserve(2, 10))
+    bench.later(5)
+    bench.do(reserve(3, 50))
+    bench.do(commit(1, 0), commit(2, 0))
+    assert bench.level() <= 50  # Without the two it was full when the third came.
+
+
+@case
+def refunds_together_may_reach_a_peak_that_none_reaches_alone() -> None:
+    bench = Bench()
+    bench.do(reserve(1, 30), reserve(2, 30))
+    bench.later(25)
+    bench.do(reserve(3, 60))
+    bench.do(Release(key(1)), Release(key(2)))
+    assert bench.level() <= 40
+
+
+@case
+def a_release_gives_back_also_where_the_burst_is_one() -> None:
+    bench = Bench(amount=60, burst=1)
+    bench.do(reserve(1, 1))
+    bench.later(0.5)
+    bench.do(Release(key(1)))
+    assert bench.level() == 1
+
+
+@case
+def what_is_held_is_not_in_the_new_month() -> None:
+    bench = Bench(DefineSpend(100))
+    bench.do(reserve(1, 40))
+    bench.engine.step(next_month(bench.now) - 1, [(0, reserve(2, 30))])
+    bench.now = next_month(bench.now)
+    bench.do(reserve(3, 1))
+    assert bench.level(Dimension.SPEND) == 100 - 30 - 1
+
+
+@case
+def last_month_gives_nothing_back_to_this_one() -> None:
+    bench = Bench(DefineSpend(100))
+    bench.do(reserve(1, 40))
+    bench.later(400)  # It expires.
+    bench.now = next_month(bench.now)
+    bench.do(commit(1, 0))
+    bench.do(reserve(2, 1))
+    assert bench.level(Dimension.SPEND) == 99
+
+
+@case
+def a_release_after_the_settlement_changes_nothing() -> None:
+    bench = Bench()
+    bench.do(reserve(1, 50))
+    bench.do(commit(1, 50))
+    (answer,) = bench.do(Release(key(1)))
+    assert isinstance(answer, Released)
+    assert answer.duplicate
+    assert bench.level() == 50
+
+
+@case
+def what_does_not_fit_is_denied() -> None:
+    bench = Bench()
+    answers = bench.do(reserve(1, 60), reserve(2, 60))
+    assert [type(answer) for answer in answers] == [Granted, Denied]
+    assert bench.level() == 40
+
+
+@case
+def a_second_not_sent_is_the_first_again() -> None:
+    bench = Bench()
+    bench.do(reserve(1, 50))
+    not_sent = Commit(key(1), Outcome(Disposition.NOT_SENT))
+    assert [answer.duplicate for answer in bench.do(not_sent, not_sent) if isinstance(answer, Committed)] == [
+        False,
+        True,
+    ]
+    (answer,) = bench.do(commit(1, 50))
+    assert isinstance(answer, Committed)
+    assert answer.duplicate
+    assert bench.level() == 100
+
+
+@case
+def a_released_bulk_stays_released() -> None:
+    bench = Bench()
+    bench.do(reserve(1, 10, count=3))
+    bench.do(Release(key(1)))
+    (answer,) = bench.do(reserve(1, 10, count=3))
+    assert isinstance(answer, Denied)
+    assert answer.reason is Reason.RELEASED
+    assert not bench.engine.state.open
+
+
+@case
+def a_bulk_with_a_released_call_is_not_granted() -> None:
+    bench = Bench()
+    bench.do(Release(child_keys(key(1), 3)[1]))
+    (answer,) = bench.do(reserve(1, 10, count=3))
+    assert isinstance(answer, Denied)
+    assert answer.reason is Reason.RELEASED
+    assert not bench.engine.state.open
+
+
+@case
+def a_share_without_money_stops_only_itself() -> None:
+    bench = Bench(DefineShare("poor", (Limit(Dimension.SPEND, Window.MONTH, 5),)))
+    (answer,) = bench.do(reserve(1, 10, wait=60, shares=("poor",)))
+    assert isinstance(answer, Denied)
+    assert answer.reason is Reason.SPEND_CAP
+    bench.do(reserve(2, 5, shares=("poor",)))
+    bench.do(reserve(3, 5, wait=60, shares=("poor",)))  # It waits: the money held may come back.
+    (answer,) = bench.do(reserve(4, 10, wait=60))
+    assert isinstance(answer, Granted)
+
+
+@case
+def an_override_outlives_what_was_learned() -> None:
+    bench = Bench(amount=1_000, burst=1_000)
+    bench.do(SetLimit("pool", Dimension.INPUT_TOKENS, Limit(Dimension.INPUT_TOKENS, Window.MINUTE, 100)))
+    told = Outcome(
+        Disposition.SUCCEEDED, Usage(), UsageKind.FINAL, Observation((Reading(Dimension.INPUT_TOKENS, limit=80),))
+    )
+    bench.do(reserve(1, 1))
+    bench.do(Commit(key(1), told))
+    bench.later(3_600)
+    bench.do(reserve(2, 100), reserve(3, 90))
+    assert bench.engine.state.buckets[0].amount == 100
+
+
+@case
+def an_unchanged_configuration_leaves_the_operators_mode() -> None:
+    configured = DefineModes((("", "", Mode.OBSERVE),))
+    bench = Bench(configured)
+    bench.do(SetMode(Mode.ENFORCE))
+    bench.do(configured)
+    assert bench.engine.state.modes == {("", ""): Mode.ENFORCE}
+    bench.do(DefineModes(()))
+    assert bench.engine.state.modes == {}
+
+
+@case
+def who_waits_holds_in_shares_defined_meanwhile() -> None:
+    bench = Bench()
+    bench.do(reserve(1, 100))
+    bench.do(reserve(2, 30, wait=60, shares=("team",)))
+    bench.do(DefineShare("team", (Limit(Dimension.INPUT_TOKENS, Window.MINUTE, 1_000),)))
+    bench.later(31)
+    (capped,) = [bucket for bucket in bench.engine.state.buckets if bucket.share == "team"]
+    assert capped.held == 30
+
+
+@pytest.mark.parametrize("check", CASES, ids=lambda check: check.__name__)
+def test_what_was_wrong_once(check: Callable[[], None]) -> None:
+    check()
