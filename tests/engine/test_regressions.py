@@ -22,6 +22,7 @@ from paceline.engine.operations import (
     Disposition,
     Mode,
     Observation,
+    Observe,
     Operation,
     Outcome,
     Reading,
@@ -232,6 +233,30 @@ def who_waits_holds_in_shares_defined_meanwhile() -> None:
     bench.later(31)
     (capped,) = [bucket for bucket in bench.engine.state.buckets if bucket.share == "team"]
     assert capped.held == 30
+
+
+@case
+def a_newcomer_does_not_overtake() -> None:
+    bench = Bench()
+    bench.do(reserve(1, 100))
+    assert bench.do(reserve(2, 80, wait=120)) == []
+    bench.later(10)
+    (answer,) = bench.do(reserve(3, 5))
+    assert isinstance(answer, Denied)
+    assert answer.reason is Reason.LIMIT
+
+
+@case
+def a_deadline_is_kept() -> None:
+    bench = Bench()
+    bench.do(reserve(1, 100))
+    assert bench.do(reserve(2, 50, wait=60)) == []
+    used = Outcome(Disposition.SUCCEEDED, Usage(input_tokens=100), UsageKind.FINAL)
+    bench.do(Observe(Candidate("pool"), used))
+    step = bench.engine.step(bench.now + 60 * SECOND_US, [])
+    ((_, answer),) = step.answers
+    assert isinstance(answer, Denied)
+    assert answer.reason is Reason.TIMEOUT
 
 
 @pytest.mark.parametrize("check", CASES, ids=lambda check: check.__name__)
