@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import os
 from collections import Counter
 from typing import Any
 
 import pytest
 
+SCALE = int(os.environ.get("PACELINE_TEST_SCALE", "1"))
+"""How many times more examples than usual: for a long run, now and then."""
 COUNTS: Counter[str] = Counter()
 PROPERTIES: set[str] = set()
 
@@ -35,7 +38,10 @@ def pytest_testnodedown(node: Any) -> None:
 
 
 def pytest_terminal_summary(terminalreporter: Any) -> None:
+    mutants = {name for name in PROPERTIES if name.startswith("mutant: ")}
+    properties = PROPERTIES - mutants
     if PROPERTIES:
         terminalreporter.write_line(
-            f"properties: {len(PROPERTIES)}, examples: {COUNTS['examples']:,}, steps: {COUNTS['steps']:,}"
+            f"properties: {len(properties)}, mutants: {len(mutants)}, "
+            f"examples: {COUNTS['examples']:,}, steps: {COUNTS['steps']:,}"
         )

@@ -43,6 +43,8 @@ from paceline.engine.reconcile import interval
 from paceline.engine.state import State
 from tests.engine import tally
 
+pytestmark = pytest.mark.timeout(300 * tally.SCALE)
+
 SECOND = 1_000_000
 MINUTE = 60 * SECOND
 START = 1_767_225_600 * SECOND
@@ -356,7 +358,7 @@ class History:
 
 @pytest.mark.parametrize("part", range(2))
 def test_the_truth_never_leaves_the_interval(part: int) -> None:
-    @settings(max_examples=1_500, phases=(Phase.generate, Phase.shrink))
+    @settings(max_examples=1_500 * tally.SCALE, phases=(Phase.generate, Phase.shrink))
     @given(seed=st.integers(0, 1 << 40), calls=st.integers(1, 14))
     def holds(seed: int, calls: int) -> None:
         tally.example("interval")

@@ -28,7 +28,7 @@ from paceline.engine.settling import Settling
 from paceline.engine.state import State
 from paceline.engine.waiting import Waiting
 from tests.engine import tally, test_interval
-from tests.engine.test_books import BooksMachine, ForgetfulMachine, RefundMachine
+from tests.engine.test_books import BooksMachine, ForgetfulMachine, QueueMachine, RefundMachine
 from tests.engine.test_interval import History
 from tests.engine.test_regressions import CASES
 
@@ -39,6 +39,7 @@ Mutation = Callable[[Patch], None]
 BOOKS: dict[str, Mutation] = {}
 FORGETFUL: dict[str, Mutation] = {}
 REFUNDS: dict[str, Mutation] = {}
+QUEUE: dict[str, Mutation] = {}
 INTERVAL: dict[str, Mutation] = {}
 
 
@@ -236,12 +237,12 @@ def a_changed_limit_starts_full(patch: Patch) -> None:
 # -- decisions -------------------------------------------------------------------------------------------------------
 
 
-@mutant(BOOKS)
+@mutant(QUEUE)
 def everything_fits(patch: Patch) -> None:
     patch.setattr(admission, "fits", lambda *_: True)
 
 
-@mutant(BOOKS)
+@mutant(QUEUE)
 def a_bulk_grant_is_always_partial(patch: Patch) -> None:
     def count(original: Any, self: Any, option: Any, operation: op.Reserve) -> Any:
         return original(self, option, replace(operation, partial=True))
@@ -249,12 +250,12 @@ def a_bulk_grant_is_always_partial(patch: Patch) -> None:
     wrapped(patch, Reserving, "_count_that_fits", count)
 
 
-@mutant(BOOKS)
+@mutant(QUEUE)
 def newcomers_overtake(patch: Patch) -> None:
     patch.setattr(Reserving, "_may_pass", lambda *_: True)
 
 
-@mutant(BOOKS)
+@mutant(QUEUE)
 def deadlines_are_not_kept(patch: Patch) -> None:
     def due(self: Waiting, now: int) -> Iterator[Any]:
         return iter(())
@@ -262,12 +263,17 @@ def deadlines_are_not_kept(patch: Patch) -> None:
     patch.setattr(Waiting, "due", due)
 
 
-@mutant(BOOKS)
+@mutant(QUEUE)
 def nobody_wakes_the_engine(patch: Patch) -> None:
     patch.setattr(Engine, "_wake_at", lambda self: None)
 
 
-@mutant(BOOKS)
+@mutant(QUEUE)
+def the_first_in_line_stops_only_itself(patch: Patch) -> None:
+    patch.setattr(Reserving, "_stopped_by_share", lambda *_: True)
+
+
+@mutant(QUEUE)
 def waiters_are_not_served(patch: Patch) -> None:
     patch.setattr(Reserving, "_serve_one", lambda *_: False)
 
@@ -411,6 +417,7 @@ MACHINES: dict[str, type[RuleBasedStateMachine]] = {
     **dict.fromkeys(BOOKS, BooksMachine),
     **dict.fromkeys(FORGETFUL, ForgetfulMachine),
     **dict.fromkeys(REFUNDS, RefundMachine),
+    **dict.fromkeys(QUEUE, QueueMachine),
 }
 
 
@@ -439,7 +446,7 @@ def test_the_interval_as_it_is_passes() -> None:
 
 @pytest.mark.parametrize("name", MACHINES)
 def test_a_broken_engine_is_caught(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    {**BOOKS, **FORGETFUL, **REFUNDS}[name](monkeypatch)
+    {**BOOKS, **FORGETFUL, **REFUNDS, **QUEUE}[name](monkeypatch)
     tally.example(f"mutant: {name}")
     assert is_caught(MACHINES[name])
 

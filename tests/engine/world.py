@@ -65,8 +65,12 @@ class Waiting:
     order: int
     since: int
     deadline: int
-    lanes: frozenset[Lane]
-    """Where its turn can come: a candidate that is impossible, or whose pool is paused, waits nowhere."""
+    options: frozenset[int]
+    """The candidates whose turn can come: one that was impossible, or whose pool was paused, is out for good."""
+
+    @property
+    def lanes(self) -> set[Lane]:
+        return {(self.op.candidates[index].pool, self.op.candidates[index].shares) for index in self.options}
 
 
 @dataclass
@@ -99,7 +103,9 @@ def fields(state: State) -> dict[str, object]:
 
 
 class World:
-    """An engine under test, beside its model."""
+    """An engine under test, beside its model. ``comes_back``: check that denials say truly when to come back."""
+
+    comes_back = False
 
     def __init__(self, caps: Caps | None = None, *, now: int = START_US) -> None:
         self.caps = Caps() if caps is None else caps
@@ -355,7 +361,7 @@ class World:
         if first is None:
             self.waiting[ticket] = Waiting(op, ticket, self.now, deadline, self._possible(op))
         else:
-            self.waiting[ticket] = Waiting(first.op, first.order, first.since, deadline, first.lanes)
+            self.waiting[ticket] = Waiting(first.op, first.order, first.since, deadline, first.options)
         self.seen.count("waits")
 
     def _one(self, ticket: int, op: Operation, answer: Answer, *, alone: bool, levels: dict[Address, Fraction]) -> None:
@@ -386,12 +392,12 @@ class World:
             case _:
                 assert isinstance(answer, Done | Invalid)
 
-    def _possible(self, op: Reserve) -> frozenset[Lane]:
+    def _possible(self, op: Reserve) -> frozenset[int]:
         bursts = {address_of(b): b.burst for b in self.state.buckets}
         count = 1 if op.partial else op.count
         return frozenset(
-            (candidate.pool, candidate.shares)
-            for candidate in op.candidates
+            index
+            for index, candidate in enumerate(op.candidates)
             if candidate.pool not in self.paused
             and all(amount * count <= bursts[a] for a, amount in self._holds(candidate)[1].items())
         )
@@ -557,6 +563,19 @@ class World:
                 assert large or short or candidate.pool in queued or self.refused, "denied though it fits"
 
         assert answer.reason is not Reason.TOO_LARGE or too_large, "not too large at all"
+        if self.comes_back and answer.retry_after_us is not None and not self.waiting:
+            self._come_back(op, answer.retry_after_us)
+
+    def _come_back(self, op: Reserve, after: int) -> None:
+        """Who comes back when it was told to, and nobody else has come, is served."""
+        assert after > 0
+        later = Engine(LEDGER, State.restore(list(self.state.dump())), self.caps)
+        step = later.step(self.now, [])
+        while step.wake_at is not None and step.wake_at < self.now + after:
+            step = later.step(step.wake_at, [])
+        again = msgspec.structs.replace(op, key=child_keys(op.key, 1)[0], max_wait_us=0)
+        ((_, found),) = later.step(self.now + after, [(1, again)]).answers
+        assert isinstance(found, Granted), f"came back after {after} µs, as told: {found}"
 
     # -- the other operations ----------------------------------------------------------------------------------------
 
@@ -673,8 +692,8 @@ class World:
             if each.state == "open" or (each.state == "expired" and answer.late):
                 self.seen.count(f"Released: {each.state}")
                 self.books.end(each, self.now, "released", dict.fromkeys(each.holds, 0))
-                self.tombstones.setdefault(each.key, self.now)
-        self.tombstones.setdefault(op.key, self.now)
+                self.tombstones.setdefault(each.key, each.ended_at or self.now)
+        self.tombstones.setdefault(op.key, max(each.ended_at or self.now for each in calls))
 
     def _renewed(self, op: Renew, answer: Answer) -> None:
         known = self.grants.get(op.key)
@@ -806,6 +825,8 @@ class World:
         Those whom only the cap of their own share stops do not stop callers of other shares.
         """
         levels = {address_of(b): self.level(b) for b in self.state.buckets}
+        for waiting in self.waiting.values():
+            waiting.options &= self._possible(waiting.op)
         heads: dict[Lane, Waiting] = {}
         for waiting in sorted(self.waiting.values(), key=lambda w: w.order):
             for lane in waiting.lanes:
@@ -854,7 +875,8 @@ class World:
         """In which buckets a waiter's every candidate of this lane has no room."""
         count = 1 if waiting.op.partial else waiting.op.count
         found: list[Address] = []
-        for candidate in waiting.op.candidates:
+        for index in waiting.options:
+            candidate = waiting.op.candidates[index]
             if (candidate.pool, candidate.shares) == lane:
                 holds = self._holds(candidate)[1]
                 short = [a for a, amount in holds.items() if amount and levels[a] < amount * count]

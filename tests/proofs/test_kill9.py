@@ -47,7 +47,7 @@ def once(kind: str, change: Callable[[list[Any], int], None]) -> Change:
     def changes(events: list[Any]) -> None:
         nonlocal seen
         for place, event in enumerate(events):
-            if event[0] == kind:
+            if event[0] == kind and not (kind == "adv" and not event[2]):  # One that refilled nothing says nothing.
                 seen += 1
                 if seen == 100:
                     change(events, place)
