@@ -12,6 +12,7 @@ from paceline.cli.health import health
 from paceline.cli.pools import pools
 from paceline.cli.reserve import reserve
 from paceline.cli.serve import serve
+from paceline.cli.upstream import upstream
 from paceline.cli.version import version
 
 app = typer.Typer(
@@ -25,6 +26,7 @@ app.add_typer(config.app, name="config")
 app.command()(reserve)
 app.command()(pools)
 app.command()(health)
+app.command()(upstream)
 app.command()(version)
 
 

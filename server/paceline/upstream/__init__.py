@@ -1,0 +1,39 @@
+"""A simulator of upstream LLM APIs: what they count, when they refuse, what their headers say.
+
+It is an independent model, and shares nothing with the coordinator. This package is pure: no I/O, no clock, no
+randomness of its own, so it runs under a laboratory's virtual clock as well as behind HTTP, which is in
+:mod:`paceline.upstream.http`.
+
+=====================  ==================================================================
+:mod:`~.bucket`        one continuous token bucket, exact, with outside traffic
+:mod:`~.account`       admission and charges of one organisation, the log
+:mod:`~.truth`         totals, marks, :func:`~.truth.limit_used`
+:mod:`~.headers`       what responses say of the limits
+:mod:`~.errors`        bodies of errors
+:mod:`~.tokens`        tokens of a text, and texts of so many tokens
+:mod:`~.prompt`        from a request's body to its tokens, cached prefixes included
+:mod:`~.settings`      what is simulated, and what goes wrong
+=====================  ==================================================================
+"""
+
+from __future__ import annotations
+
+from paceline.upstream.account import Accepted, Account, Call, Overloaded, Refused
+from paceline.upstream.settings import Config, Group, Scenario, SettingsError
+from paceline.upstream.truth import Mark, Used, limit_used, mark
+
+__all__ = [
+    "Accepted",
+    "Account",
+    "Call",
+    "Config",
+    "Group",
+    "Mark",
+    "Overloaded",
+    "Refused",
+    "Scenario",
+    "SettingsError",
+    "Used",
+    "limit_used",
+    "mark",
+]
