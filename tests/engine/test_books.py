@@ -252,6 +252,7 @@ class BooksMachine(RuleBasedStateMachine):
             self.world.seen.contexts.get(key),
             hold_us=data.draw(st.one_of(st.none(), holds), label="hold"),
             output_tokens=data.draw(st.sampled_from([None, 0, 5, 30, 80]), label="output"),
+            usage=data.draw(st.one_of(st.none(), st.none(), usages), label="usage"),
         )
 
     @rule(data=st.data())
@@ -428,6 +429,11 @@ class RefundMachine(RuleBasedStateMachine):
             outcome = Outcome(Disposition.SUCCEEDED, Usage(input_tokens=used), UsageKind.FINAL)
             self.world.do(Commit(key, outcome))
 
+    @rule(which=st.integers(0, 7), used=st.integers(0, 20))
+    def learn_the_input(self, which: int, used: int) -> None:
+        if self.opened:
+            self.world.do(Renew(self.opened[-1 - which % len(self.opened)], usage=Usage(input_tokens=used)))
+
     @rule(which=st.integers(0, 7))
     def release(self, which: int) -> None:
         if self.opened:
@@ -479,22 +485,30 @@ class QueueMachine(RuleBasedStateMachine):
     @rule(
         sizes=st.lists(st.sampled_from([1, 5, 30, 38, 60]), min_size=1, max_size=2),
         pools=st.sampled_from(["p", "p", "p", "q", "pq", "qp"]),
-        team=st.booleans(),
+        shares=st.sampled_from([(), (), ("team",), ("team",), ("team", "member")]),
+        priority=st.sampled_from(Priority),
         wait=st.sampled_from([0, 1, 20, 60, 300, 300]),
         hold=st.sampled_from([5, 60, 300]),
         count=st.sampled_from([1, 1, 1, 2]),
         partial=st.booleans(),
     )
     def reserve(
-        self, sizes: list[int], pools: str, team: bool, wait: int, hold: int, count: int, partial: bool
+        self,
+        sizes: list[int],
+        pools: str,
+        shares: tuple[str, ...],
+        priority: Priority,
+        wait: int,
+        hold: int,
+        count: int,
+        partial: bool,
     ) -> None:
         self.keys.append(f"svc/{UUID(int=len(self.keys) + 1)}")
-        candidates = tuple(
-            Candidate(pool, ("team",) if team else (), Estimate(input_tokens=size)) for pool in pools for size in sizes
-        )
+        candidates = tuple(Candidate(pool, shares, Estimate(input_tokens=size)) for pool in pools for size in sizes)
         op = Reserve(
             self.keys[-1],
             candidates,
+            priority=priority,
             max_wait_us=wait * SECOND,
             hold_us=hold * SECOND,
             count=count,

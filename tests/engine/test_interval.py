@@ -280,6 +280,7 @@ class History:
                         output_tokens=random.choice([None, call.counted_by(OUTPUT, self.now)]),
                         hold_us=random.choice([None, 60 * SECOND]),
                         observation=self.observation(call, headers, received),
+                        usage=random.choice([None, Usage(input_tokens=call.input)]),
                     )
                 ),
             )

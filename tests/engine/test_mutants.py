@@ -15,7 +15,7 @@ from hypothesis import HealthCheck, Phase, Verbosity, settings
 from hypothesis.stateful import RuleBasedStateMachine, run_state_machine_as_test
 from msgspec.structs import replace
 
-from paceline.engine import admission, reconcile
+from paceline.engine import admission, queue, reconcile, reserving
 from paceline.engine import events as ev
 from paceline.engine import operations as op
 from paceline.engine.books import Books
@@ -178,10 +178,10 @@ def a_renewal_holds_no_more(patch: Patch) -> None:
 
 @mutant(BOOKS)
 def a_denial_costs_something(patch: Patch) -> None:
-    def deny(original: Any, self: Any, ticket: int, reason: Any, option: Any, verdict: Any) -> Any:
+    def deny(original: Any, self: Any, ticket: int, reason: Any, option: Any, *rest: Any) -> Any:
         self._books.advance(option.buckets[0])
         self._books.emit(ev.Corrected(option.buckets[0], -1))
-        return original(self, ticket, reason, option, verdict)
+        return original(self, ticket, reason, option, *rest)
 
     wrapped(patch, Reserving, "_deny", deny)
 
@@ -234,6 +234,22 @@ def a_changed_limit_starts_full(patch: Patch) -> None:
     altered(patch, alter)
 
 
+@mutant(REFUNDS)
+def a_known_input_is_credited_in_full(patch: Patch) -> None:
+    def alter(state: State, event: Any) -> Any:
+        return replace(event, forfeits=(0,) * len(event.holds)) if isinstance(event, ev.Renewed) else event
+
+    altered(patch, alter)
+
+
+@mutant(REFUNDS)
+def a_known_input_changes_no_hold(patch: Patch) -> None:
+    def renew(original: Any, self: Any, operation: op.Renew) -> Any:
+        return original(self, replace(operation, usage=None))
+
+    wrapped(patch, Settling, "renew", renew)
+
+
 # -- decisions -------------------------------------------------------------------------------------------------------
 
 
@@ -270,7 +286,17 @@ def nobody_wakes_the_engine(patch: Patch) -> None:
 
 @mutant(QUEUE)
 def the_first_in_line_stops_only_itself(patch: Patch) -> None:
-    patch.setattr(Reserving, "_stopped_by_share", lambda *_: True)
+    patch.setattr(Reserving, "_claims_of_shares", lambda *_: True)
+
+
+@mutant(QUEUE)
+def urgency_counts_for_nothing(patch: Patch) -> None:
+    patch.setattr(queue, "_turn", lambda head: head[0].serial)
+
+
+@mutant(QUEUE)
+def what_a_share_waits_for_is_taken(patch: Patch) -> None:
+    patch.setattr(reserving, "_touches", lambda *_: False)
 
 
 @mutant(QUEUE)

@@ -25,8 +25,10 @@ from paceline.engine.operations import (
     Observe,
     Operation,
     Outcome,
+    Priority,
     Reading,
     Release,
+    Renew,
     Reserve,
     SetLimit,
     SetMode,
@@ -67,9 +69,17 @@ def key(number: int) -> str:
     return f"me/00000000-0000-0000-0000-{number:012}"
 
 
-def reserve(number: int, tokens: int, *, wait: float = 0, count: int = 1, shares: tuple[str, ...] = ()) -> Reserve:
+def reserve(
+    number: int,
+    tokens: int,
+    *,
+    wait: float = 0,
+    count: int = 1,
+    shares: tuple[str, ...] = (),
+    priority: Priority = Priority.STANDARD,
+) -> Reserve:
     candidate = Candidate("pool", shares, Estimate(input_tokens=tokens), NANO_A_TOKEN)
-    return Reserve(key(number), (candidate,), max_wait_us=int(wait * SECOND_US), count=count)
+    return Reserve(key(number), (candidate,), priority=priority, max_wait_us=int(wait * SECOND_US), count=count)
 
 
 def commit(number: int, tokens: int) -> Commit:
@@ -80,6 +90,51 @@ def commit(number: int, tokens: int) -> Commit:
 def case(check: Callable[[], None]) -> Callable[[], None]:
     CASES.append(check)
     return check
+
+
+@case
+def test_input_that_turns_out_smaller_gives_back_no_second_twice() -> None:
+    bench = Bench()
+    bench.do(reserve(1, 50))
+    bench.later(60)
+    assert bench.level() == 100
+    bench.do(reserve(2, 30))
+    # Upstream counted five: it has been full since, but for the thirty of the second call.
+    bench.do(Renew(key(1), usage=Usage(input_tokens=5)))
+    assert bench.level() == 70
+    # What it holds now is what its end is measured against.
+    bench.do(commit(1, 5))
+    assert bench.level() == 70
+
+
+@case
+def test_an_urgent_call_passes_patient_ones() -> None:
+    bench = Bench()
+    assert isinstance(bench.do(reserve(1, 100))[0], Granted)
+    assert not bench.do(reserve(2, 40, wait=300, priority=Priority.BATCH))
+    bench.later(10)
+    # Ten tokens are there, and one that is more urgent does not stand behind the forty.
+    assert isinstance(bench.do(reserve(3, 10, priority=Priority.INTERACTIVE))[0], Granted)
+    # Nor does its wait count what the patient one wants.
+    assert not bench.do(reserve(4, 20, wait=20, priority=Priority.INTERACTIVE))
+    assert bench.level() == 0
+    bench.later(20)
+    assert key(4) in bench.engine.state.open
+    assert key(2) not in bench.engine.state.open
+
+
+@case
+def test_small_calls_of_a_team_do_not_pass_a_large_one_of_it() -> None:
+    bench = Bench(DefineShare("team", (Limit(Dimension.INPUT_TOKENS, Window.MINUTE, 30, 30),)))
+    assert isinstance(bench.do(reserve(1, 30, shares=("team",)))[0], Granted)
+    assert not bench.do(reserve(2, 20, wait=300, shares=("team",)))
+    bench.later(10)
+    # The team's five tokens are what the large one waits for; the pool has room for everybody else.
+    assert not bench.do(reserve(3, 5, wait=300, shares=("team", "member")))
+    assert isinstance(bench.do(reserve(4, 5))[0], Granted)
+    bench.later(30)
+    assert key(2) in bench.engine.state.open
+    assert key(3) not in bench.engine.state.open
 
 
 @case

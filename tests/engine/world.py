@@ -34,6 +34,7 @@ from paceline.engine.operations import (
     Observe,
     Operation,
     Outcome,
+    Priority,
     Refusal,
     Release,
     Renew,
@@ -53,8 +54,8 @@ START_US = 1_767_225_600_000_000 + 11 * 86_400_000_000
 BOOK_COLUMNS = ("held", "charged", "adjusted", "granted", "settled", "released", "expired", "burst", "amount")
 
 
-Lane = tuple[str, tuple[str, ...]]
-"""A pool, and the shares by which a call counts there."""
+Lane = tuple[str, tuple[str, ...], Priority]
+"""A pool, the shares by which a call counts there, and how urgent it is."""
 
 
 @dataclass
@@ -70,7 +71,12 @@ class Waiting:
 
     @property
     def lanes(self) -> set[Lane]:
-        return {(self.op.candidates[index].pool, self.op.candidates[index].shares) for index in self.options}
+        return {lane_of(self.op, index) for index in self.options}
+
+    @property
+    def rank(self) -> tuple[Priority, int]:
+        """Who has the smaller one comes first."""
+        return self.op.priority, self.order
 
 
 @dataclass
@@ -91,6 +97,11 @@ class Seen:
 
     def count(self, what: str) -> None:
         self.outcomes[what] = self.outcomes.get(what, 0) + 1
+
+
+def lane_of(op: Reserve, index: int) -> Lane:
+    candidate = op.candidates[index]
+    return candidate.pool, candidate.shares, op.priority
 
 
 def address_of(bucket: Bucket) -> Address:
@@ -546,7 +557,7 @@ class World:
         if answer.reason is Reason.POOL_PAUSED:
             assert any(candidate.pool in self.paused for candidate in op.candidates)
             return
-        queued = {pool for waiting in self.waiting.values() for pool, _ in waiting.lanes}
+        queued = {lane[0] for waiting in self.waiting.values() for lane in waiting.lanes if lane[2] <= op.priority}
         count = 1 if op.partial else op.count
         too_large = False
         for candidate in op.candidates:
@@ -557,7 +568,10 @@ class World:
             holds = {address: amount * count for address, amount in holds.items()}
             bursts = {address_of(b): b.burst for b in self.state.buckets}
             large = any(amount > bursts[address] for address, amount in holds.items())
-            short = any(amount and levels.get(address, bursts[address]) < amount for address, amount in holds.items())
+            short = any(
+                amount and levels.get(address, bursts[address]) < self._need(address, amount)
+                for address, amount in holds.items()
+            )
             too_large = too_large or large
             if answer.reason is not Reason.TOO_LARGE:
                 assert large or short or candidate.pool in queued or self.refused, "denied though it fits"
@@ -714,21 +728,30 @@ class World:
             call.expires_at = end
             if op.output_tokens is not None:
                 call.output_so_far = max(op.output_tokens, call.output_so_far or 0)
-                if call.output_so_far > call.sizes.output_tokens:
-                    self._grow(call, msgspec.structs.replace(call.sizes, output_tokens=call.output_so_far))
+            if op.usage is not None:
+                call.output_so_far = max(op.usage.output_tokens, call.output_so_far or 0)
+                call.sizes = msgspec.structs.replace(
+                    call.sizes,
+                    input_tokens=op.usage.input_tokens + op.usage.cache_write_tokens,
+                    cached_input_tokens=op.usage.cache_read_tokens,
+                )
+            output = max(call.output_so_far or 0, call.sizes.output_tokens)
+            self._resize(call, msgspec.structs.replace(call.sizes, output_tokens=output), exact=op.usage is not None)
         self.seen.count("Renewed")
 
-    def _grow(self, call: Call, sizes: Sizes) -> None:
-        """A call that has produced more than was expected holds that much more."""
+    def _resize(self, call: Call, sizes: Sizes, *, exact: bool) -> None:
+        """A call that has produced more than was expected holds that much more; one whose input is known holds that."""
         rules = {rule.dimension: rule for rule in call.profile.rules}
         for address, held in call.holds.items():
             if address[2] is Dimension.SPEND:
                 amount = call.prices.cost(expected_usage(sizes))
             else:
                 amount = rules[address[2]].hold(sizes)
-            if amount > held:
+            kept = self.books.buckets[address].gauge or (address[2] in rules and rules[address[2]].settle_as_held)
+            if amount > held or (amount < held and exact and not kept):
                 call.holds[address] = amount
-                self.books.buckets[address].grown = True
+                if amount > held:
+                    self.books.buckets[address].grown = True
                 self.books.settle(call, address, self.now, amount)
 
     def _observed(self, op: Observe, answer: Committed) -> None:
@@ -822,13 +845,14 @@ class World:
     def _check_turns(self, step: Step, ops: dict[int, Operation]) -> None:
         """Nobody was overtaken, and who comes first does not wait for what is there.
 
-        Those whom only the cap of their own share stops do not stop callers of other shares.
+        The more urgent come first, then those who came first. Those whom only the cap of their own share stops do not
+        stop callers of other shares; what they wait for is theirs.
         """
         levels = {address_of(b): self.level(b) for b in self.state.buckets}
         for waiting in self.waiting.values():
             waiting.options &= self._possible(waiting.op)
         heads: dict[Lane, Waiting] = {}
-        for waiting in sorted(self.waiting.values(), key=lambda w: w.order):
+        for waiting in sorted(self.waiting.values(), key=lambda w: w.rank):
             for lane in waiting.lanes:
                 heads.setdefault(lane, waiting)
         new = [
@@ -849,27 +873,57 @@ class World:
                     for address, held in self.books.calls[key].holds.items():
                         assert not held or levels[address] >= 0, f"granted what {address} did not have"
             known = self.grants[context.key]
-            order = self.served.get(ticket, ticket)
-            lane = (context.pool, context.shares)
+            rank = (known.op.priority, self.served.get(ticket, ticket))
+            lane = (context.pool, context.shares, known.op.priority)
+            used = {a for key in answer.keys for a, held in self.books.calls[key].holds.items() if held}
             for waiting in self.waiting.values():
-                if waiting.order > order or waiting.op.waited_us or known.op.waited_us:
+                if waiting.rank > rank or waiting.op.waited_us or known.op.waited_us:
                     continue
                 assert lane not in waiting.lanes, f"ticket {ticket} overtook {waiting.order} in {lane}"
                 for other in waiting.lanes:
                     if other[0] == lane[0] and len(ops) <= 1:
                         short = self._short(heads[other], other, levels)
-                        assert any(share for _, share, _, _ in short), f"overtook {waiting.order} in {lane}"
+                        theirs = {address for address in short if address[1]}
+                        assert theirs or self._keeps_off(heads[other], other, heads, levels), (
+                            f"overtook {waiting.order} in {lane}"
+                        )
+                        if waiting is heads[other] and not observed:
+                            assert not theirs & used, f"took from {theirs & used} what {waiting.order} waits for"
         if self.refused or self.wake_at == self.now + 1:
             return
-        for pool in {pool for pool, _ in heads} - self.paused:
+        for pool in {lane[0] for lane in heads} - self.paused:
+            claimed: set[Address] = set()
             line = [(waiting, lane) for lane, waiting in heads.items() if lane[0] == pool]
-            for waiting, lane in sorted(line, key=lambda pair: pair[0].order):
+            for waiting, lane in sorted(line, key=lambda pair: pair[0].rank):
                 if waiting.op.waited_us:
                     break
                 short = self._short(waiting, lane, levels)
-                assert short, f"the first in {lane} waits for what is there"
-                if not all(share for _, share, _, _ in short):
+                keeps_off = all(claimed & used for used in self._uses(waiting, lane))
+                assert short or keeps_off, f"the first in {lane} waits for what is there"
+                if not keeps_off and not all(share for _, share, _, _ in short):
                     break
+                claimed |= {address for address in short if address[1]}
+
+    def _uses(self, waiting: Waiting, lane: Lane) -> list[set[Address]]:
+        """What each candidate of this lane would use."""
+        return [
+            {a for a, held in self._holds(waiting.op.candidates[index])[1].items() if held}
+            for index in waiting.options
+            if lane_of(waiting.op, index) == lane
+        ]
+
+    def _keeps_off(
+        self, waiting: Waiting, lane: Lane, heads: dict[Lane, Waiting], levels: dict[Address, Fraction]
+    ) -> bool:
+        """Whether somebody before this one waits for the share of a bucket that it would use."""
+        before = [(other, head) for other, head in heads.items() if other[0] == lane[0] and head.rank < waiting.rank]
+        claimed = {a for other, head in before for a in self._short(head, other, levels) if a[1]}
+        return all(claimed & used for used in self._uses(waiting, lane))
+
+    def _need(self, address: Address, amount: int) -> int:
+        """The level at which this much may go: under a reading some more, for the upstream's estimate may be larger."""
+        bucket = next(b for b in self.state.buckets if address_of(b) == address)
+        return max(amount, min(bucket.burst, amount + bucket.margin(amount)))
 
     def _short(self, waiting: Waiting, lane: Lane, levels: dict[Address, Fraction]) -> list[Address]:
         """In which buckets a waiter's every candidate of this lane has no room."""
@@ -877,9 +931,9 @@ class World:
         found: list[Address] = []
         for index in waiting.options:
             candidate = waiting.op.candidates[index]
-            if (candidate.pool, candidate.shares) == lane:
+            if lane_of(waiting.op, index) == lane:
                 holds = self._holds(candidate)[1]
-                short = [a for a, amount in holds.items() if amount and levels[a] < amount * count]
+                short = [a for a, amount in holds.items() if amount and levels[a] < self._need(a, amount * count)]
                 if not short:
                     return []
                 found += short

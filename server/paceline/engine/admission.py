@@ -54,14 +54,9 @@ def room(buckets: Sequence[Bucket], numbers: tuple[int, ...], holds: tuple[int, 
         if hold:
             bucket = buckets[number]
             level = bucket.level + bucket.refill(now)[0]
-            count = max(0, level) // hold or int(level >= bucket.need(hold))
+            count = max(0, level - bucket.margin(hold)) // hold or int(level >= bucket.need(hold))
             most = count if most is None else min(most, count)
     return most
-
-
-def needed(bucket: Bucket, hold: int, count: int) -> int:
-    """The level at which ``count`` calls may pass together."""
-    return bucket.need(hold) if count == 1 else hold * count
 
 
 def judge(bucket: Bucket, hold: int, count: int, ahead: int, now: int) -> Verdict:
@@ -69,7 +64,7 @@ def judge(bucket: Bucket, hold: int, count: int, ahead: int, now: int) -> Verdic
     dimension = bucket.dimension
     if not hold:
         return NOW
-    need = needed(bucket, hold, count)
+    need = bucket.need(hold, count)
     if need > bucket.burst or not bucket.burst:
         # A month's budget that is too small will be larger for nobody this month; a zero limit is a closed pool.
         reason = Reason.SPEND_CAP if dimension is Dimension.SPEND else Reason.TOO_LARGE

@@ -58,6 +58,8 @@ class Would(msgspec.Struct, frozen=True, array_like=True, gc=False):
 
     reason: Reason | None = None
     wait_us: int = 0
+    binding: Dimension | None = None
+    """What would have bound."""
 
 
 class Granted(msgspec.Struct, frozen=True, tag=True, gc=False):

@@ -15,6 +15,7 @@ from paceline.engine.bucket import Bucket
 from paceline.engine.dimensions import UNLIMITED, Dimension, Limit, Window
 from paceline.engine.recipe import Recipe
 from paceline.engine.state import State
+from paceline.engine.trail import Trail
 
 MAX_PLANS = 16_384
 FULL = 1_000
@@ -56,6 +57,7 @@ class Books:
         self._plans: dict[tuple[str, tuple[str, ...]], tuple[int, ...]] = {}
         self._recipes: dict[tuple[str, tuple[int, ...]], Recipe] = {}
         self._touched: dict[tuple[int, ...], an.Touched] = {}
+        self._trails: dict[int, Trail] = {}
 
     def begin(self, now: int) -> None:
         """Start a step at ``now``; time never goes back."""
@@ -77,8 +79,19 @@ class Books:
         bucket = self.state.buckets[number]
         if bucket.at < self.now:
             refilled, carry = bucket.refill(self.now)
-            self.emit(ev.Advanced(number, refilled, carry))
+            if bucket.is_read:
+                trail = self.trail(number)
+                trail.note(bucket.at, bucket.level - bucket.adjusted)
+                trail.note(self.now, bucket.level + refilled - bucket.adjusted)
+            self.emit(ev.Advanced(number, refilled, carry, bucket.lost(self.now, refilled)))
         return bucket
+
+    def trail(self, number: int) -> Trail:
+        """Where the level of a bucket was. Soft: it begins anew with every process."""
+        trail = self._trails.get(number)
+        if trail is None:
+            trail = self._trails[number] = Trail()
+        return trail
 
     def advance_all(self, numbers: tuple[int, ...]) -> None:
         """Bring these buckets to the present."""

@@ -12,6 +12,9 @@ fuller all along, and would have stopped refilling at its burst earlier. So of a
 since the grant`` is credited; the rest is taken off ``refilled``. A credit rewrites that history, and raises the peaks
 since its grant. While the level is so low that everything that may yet be refunded fits under the burst, no peak can
 matter and none is kept: under load there are none.
+
+**A call that is reported late costs what it would have cost in time.** What the bucket has lost since, at its rim or
+while the ledger was away, makes up for it (:mod:`paceline.engine.losses`).
 """
 
 from __future__ import annotations
@@ -22,11 +25,17 @@ from enum import IntEnum
 import msgspec
 
 from paceline.engine.calendar import next_month
-from paceline.engine.dimensions import WINDOW_US, Dimension, Window
+from paceline.engine.dimensions import UNLIMITED, WINDOW_US, Dimension, Window
+from paceline.engine.losses import Losses
 from paceline.engine.peaks import Peaks
 
 END_SLOT_US = 250_000
 """Ends of calls are summed per slot of this length: 4 entries a second, whatever the load."""
+MARGIN_US = 200_000
+"""Of refill: calls overtake each other on their way, and some are under way when a reading is taken."""
+MARGIN_PART = 4
+"""An upstream's estimate of a call is hardly ever larger than ours by more than one in so many."""
+ESTIMATED = frozenset({Dimension.INPUT_TOKENS, Dimension.TOKENS})
 MAX_ENDS = 2_400
 """Ten minutes of slots."""
 
@@ -57,6 +66,8 @@ class Constraint(msgspec.Struct, array_like=True, gc=False):
     ended: int
     ended_over: int
     after: int
+    rounding: int = 0
+    """To what the reading was rounded."""
 
 
 class Bucket(msgspec.Struct, array_like=True):
@@ -105,6 +116,8 @@ class Bucket(msgspec.Struct, array_like=True):
     """A higher limit that one reading has claimed."""
     learned_at: int | None = None
     """When a reading last confirmed a learned limit."""
+    losses: Losses = msgspec.field(default_factory=Losses)
+    """Refill that did not count."""
 
     @property
     def is_read(self) -> bool:
@@ -126,8 +139,19 @@ class Bucket(msgspec.Struct, array_like=True):
         refilled, carry = divmod(self.carry + self.amount * (now - self.at), window)
         return (refilled, carry) if refilled < room else (room, 0)
 
-    def advance(self, now: int, refilled: int, carry: int) -> None:
-        """Move to ``now``, by the result of :meth:`refill`."""
+    def lost(self, now: int, refilled: int) -> int:
+        """What of the refill until ``now`` finds no place, given that ``refilled`` does."""
+        window = WINDOW_US.get(self.window)
+        if window is None or self.level + refilled < self.burst or self.amount >= UNLIMITED:
+            return 0
+        return (self.carry + self.amount * (now - self.at)) // window - refilled
+
+    def advance(self, now: int, refilled: int, carry: int, lost: int = 0) -> None:
+        """Move to ``now``, by the results of :meth:`refill` and :meth:`lost`."""
+        if lost:
+            # At its rim a bucket loses as fast as it refills: so long ago it became full.
+            full = min(now - self.at, lost * WINDOW_US[self.window] // self.amount)
+            self.losses.add(now - full, now, lost)
         self.at = now
         self.level += refilled
         self.refilled += refilled
@@ -146,13 +170,27 @@ class Bucket(msgspec.Struct, array_like=True):
             return None
         return -((level * window + carry) // self.amount)
 
-    def need(self, hold: int) -> int:
-        """The level at which a call that holds ``hold`` may pass.
+    def need(self, hold: int, count: int = 1) -> int:
+        """The level at which ``count`` calls that hold ``hold`` each may pass together.
 
-        A guessed burst may be far below the real one; a call above it passes when the bucket is full, into debt, so
-        that its answer can teach.
+        A guessed burst may be far below the real one; a lone call above it passes when the bucket is full, into debt,
+        so that its answer can teach. A margin never makes a call impossible.
         """
-        return min(hold, self.burst) if self.guessed else hold
+        together = hold * count
+        if together >= self.burst:
+            return self.burst if self.guessed and count == 1 else together
+        return min(together + self.margin(hold), self.burst)
+
+    def margin(self, hold: int) -> int:
+        """What must be left beside ``hold``: the upstream lets a call in by an estimate of its own.
+
+        Only under a reading: without one, more would be pretended to be known of the level than is. It delays a call by
+        moments, once; it takes nothing from the budget.
+        """
+        if self.constraint is None or self.dimension not in ESTIMATED:
+            return 0
+        seen = min(self.amount * MARGIN_US // WINDOW_US.get(self.window, MARGIN_US), self.burst // 16)
+        return (self.constraint.rounding + 1) // 2 + hold // MARGIN_PART + seen
 
     # -- amounts ------------------------------------------------------------------------------------------------
 
@@ -182,6 +220,15 @@ class Bucket(msgspec.Struct, array_like=True):
         self.granted += more
         if self.constraint is not None and granted_at > self.constraint.until:
             self.constraint.after += more
+
+    def shrink(self, since: int, newest: int, granted_at: int, old: int, new: int, over: int, forfeit: int) -> None:
+        """An open hold, the ``since``-th, turned out to be ``new`` instead of ``old``, which is more."""
+        self.over += over
+        self.held -= old - new
+        self.granted -= old - new
+        self.recharge(since, newest, old, new, forfeit)
+        if self.constraint is not None and granted_at > self.constraint.until:
+            self.constraint.after -= old - new
 
     def close(
         self,
@@ -220,9 +267,20 @@ class Bucket(msgspec.Struct, array_like=True):
             self.refilled -= forfeit
             self.refund(since, old - new - forfeit)
 
-    def book(self, newest: int, charge: int) -> None:
-        """A call that held nothing was charged."""
-        self.lower(newest + 1, charge)
+    def withhold(self, since: int, until: int, refilled: int, carry: int, lost: int) -> None:
+        """Refill to ``since``, then move to ``until`` without: nobody saw what was used meanwhile."""
+        self.level += refilled
+        self.refilled += refilled
+        self.carry = carry
+        self.losses.add(since, until, lost)
+        self.at = until
+
+    def book(self, newest: int, charge: int, absorbed: int, made_at: int) -> None:
+        """A call that held nothing was charged; losses after ``made_at`` make up for ``absorbed`` of it."""
+        self.lower(newest + 1, charge - absorbed)
+        if absorbed:
+            self.refilled += absorbed
+            self.losses.take(made_at, absorbed)
         self.charged += charge
         self.granted += charge
         self.settled += charge
@@ -271,6 +329,10 @@ class Bucket(msgspec.Struct, array_like=True):
         ends = self.ends
         if ends:
             last, total, total_over = ends[-1]
+            if at < last:
+                # One that is reported late: those noted since come on top.
+                self.amend_end(at, granted_at, charge, over)
+                return
             total += charge
             total_over += over
             if last // END_SLOT_US == at // END_SLOT_US:
@@ -283,8 +345,9 @@ class Bucket(msgspec.Struct, array_like=True):
             ends.append((at, charge, over))
         constraint = self.constraint
         if constraint is not None:
-            constraint.ended += charge
-            constraint.ended_over += over
+            if at >= constraint.since:
+                constraint.ended += charge
+                constraint.ended_over += over
             if granted_at > constraint.until:
                 constraint.after += charge - held
 

@@ -42,7 +42,14 @@ class Step(msgspec.Struct):
 class Engine:
     """Decides for one ledger. Not thread-safe; the caller owns the time."""
 
-    def __init__(self, ledger: str, state: State | None = None, caps: Caps = Caps()) -> None:  # noqa: B008
+    def __init__(
+        self,
+        ledger: str,
+        state: State | None = None,
+        caps: Caps = Caps(),  # noqa: B008
+        unseen_us: int = 0,
+    ) -> None:
+        """``unseen_us``: for how long callers may have gone on by themselves after the last event of ``state``."""
         self.state = State(ledger) if state is None else state
         self.stats = Stats()
         self._books = Books(self.state, caps)
@@ -50,6 +57,7 @@ class Engine:
         self._teacher = Teacher(self._books, self._definitions, self.stats)
         self._reserving = Reserving(self._books, self._teacher, self.stats)
         self._settling = Settling(self._books, self._reserving, self._teacher, self.stats)
+        self._unseen_us = unseen_us if self.state.at else 0
 
     def step(self, now: int, operations: Sequence[tuple[int, Operation]]) -> Step:
         """Decide a batch at ``now`` (µs of ledger time; earlier than before counts as before).
@@ -59,6 +67,10 @@ class Engine:
         books, reserving, settling = self._books, self._reserving, self._settling
         answers: list[tuple[int, Answer]] = []
         books.begin(now)
+        self.stats.hindsight.begin(books.state.buckets, books.now)
+        if self._unseen_us:
+            self._definitions.withhold(self._unseen_us)
+            self._unseen_us = 0
         reserving.begin(answers)
         settling.expire()
         for ticket, operation in operations:

@@ -28,6 +28,8 @@ class Advanced(msgspec.Struct, frozen=True, array_like=True, tag="adv", gc=False
     bucket: int
     refilled: int
     carry: int
+    lost: int = 0
+    """Refill that found no place."""
 
 
 class PoolDefined(msgspec.Struct, frozen=True, array_like=True, tag="pool", gc=False):
@@ -107,11 +109,17 @@ class GrantedTogether(msgspec.Struct, frozen=True, array_like=True, tag="bulk", 
 
 
 class Renewed(msgspec.Struct, frozen=True, array_like=True, tag="renew", gc=False):
+    """A call goes on; what it holds grew with its output, or became what its input is now known to be."""
+
     key: str
     expires_at: int
     output_tokens: int | None
     holds: tuple[int, ...]
     overs: tuple[int, ...]
+    sizes: Sizes | None = None
+    """What the call is known to be, if that has changed."""
+    forfeits: tuple[int, ...] = ()
+    """What of each shrunk hold was not credited; empty: none has shrunk."""
 
 
 class Settled(msgspec.Struct, frozen=True, array_like=True, tag="settle", gc=False):
@@ -151,7 +159,11 @@ class Replaced(msgspec.Struct, frozen=True, array_like=True, tag="late", gc=Fals
 
 
 class Booked(msgspec.Struct, frozen=True, array_like=True, tag="book", gc=False):
-    """A call was booked that had no open reservation here. An empty ``key`` is not remembered."""
+    """A call was booked that had no open reservation here. An empty ``key`` is not remembered.
+
+    It was made at ``made_at`` (``None``: just now); ``absorbed`` (empty: nothing) of its charges took the place of
+    refill that was lost since.
+    """
 
     key: str
     pool: str
@@ -161,6 +173,8 @@ class Booked(msgspec.Struct, frozen=True, array_like=True, tag="book", gc=False)
     overs: tuple[int, ...]
     granted_at: int
     cost: int
+    made_at: int | None = None
+    absorbed: tuple[int, ...] = ()
 
 
 class Tombstoned(msgspec.Struct, frozen=True, array_like=True, tag="tomb", gc=False):
@@ -185,6 +199,17 @@ class ReadingKept(msgspec.Struct, frozen=True, array_like=True, tag="read", gc=F
 
     bucket: int
     constraint: Constraint | None
+
+
+class Withheld(msgspec.Struct, frozen=True, array_like=True, tag="held", gc=False):
+    """A bucket refilled until ``since``; the refill from then to ``until`` was withheld."""
+
+    bucket: int
+    since: int
+    until: int
+    refilled: int
+    carry: int
+    lost: int
 
 
 class LimitConfirmed(msgspec.Struct, frozen=True, array_like=True, tag="conf", gc=False):
@@ -239,6 +264,7 @@ Event = (
     | PoolBlocked
     | PoolPaused
     | ModeSet
+    | Withheld
 )
 
 _encoder = msgspec.msgpack.Encoder()

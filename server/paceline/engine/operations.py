@@ -139,6 +139,8 @@ class Reserve(msgspec.Struct, frozen=True, tag=True, gc=False):
     count: int = 1
     partial: bool = False
     waited_us: int = 0
+    observed: bool = False
+    """Granted at once whatever the mode: its caller goes ahead anyway."""
 
 
 class Commit(msgspec.Struct, frozen=True, tag=True, gc=False):
@@ -157,13 +159,17 @@ class Release(msgspec.Struct, frozen=True, tag=True, gc=False):
 
 
 class Renew(msgspec.Struct, frozen=True, tag=True, gc=False):
-    """The call goes on: a new expiry (``None`` keeps it), output so far, an early observation."""
+    """The call goes on: a new expiry (``None`` keeps it), output so far, an early observation.
+
+    ``usage`` is what the response has said of its input, so far or for good; its output counts as output so far.
+    """
 
     key: str
     context: Context | None = None
     hold_us: int | None = None
     output_tokens: int | None = None
     observation: Observation | None = None
+    usage: Usage | None = None
 
 
 class Observe(msgspec.Struct, frozen=True, tag=True, gc=False):
@@ -174,6 +180,8 @@ class Observe(msgspec.Struct, frozen=True, tag=True, gc=False):
     tenant: str = ""
     route: str = ""
     key: str = ""
+    age_us: int = 0
+    """For how long upstream has counted the call, at least."""
 
 
 class Expire(msgspec.Struct, frozen=True, tag=True, gc=False):

@@ -1,8 +1,8 @@
-"""Who is next. The seam of the queue discipline: today first come, first served.
+"""Who is next. The seam of the queue discipline: today the more urgent first, then first come, first served.
 
 A discipline keeps the waiters of one pool in the order of their turns. It knows nothing of levels: the engine asks for
-the heads, and serves or leaves them. Waiters of different shares stand in lanes of their own, so that those whom only
-the cap of their own share stops do not stop the others.
+the heads, and serves or leaves them. Waiters of different priorities and shares stand in lanes of their own, so that
+the urgent never stand behind the patient, and those whom only the cap of their own share stops do not stop the others.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from collections.abc import Collection, Iterator
 import msgspec
 
 from paceline.engine.accounting import Sizes
-from paceline.engine.operations import Reserve
+from paceline.engine.operations import Priority, Reserve
 from paceline.engine.recipe import Recipe
 
 
@@ -50,11 +50,12 @@ class Waiter:
         self.waiting = True
 
 
-Shares = tuple[str, ...]
+LaneKey = tuple[Priority, tuple[str, ...]]
+"""A priority and a path of shares."""
 
 
 class _Lane:
-    """Waiters of one path of shares, in the order of arrival. Those that left are dropped at the head."""
+    """Waiters of one key, in the order of arrival. Those that left are dropped at the head."""
 
     __slots__ = ("line", "size", "wanted")
 
@@ -77,11 +78,11 @@ class _Lane:
         return None
 
 
-class FirstComeFirstServed:
-    """The waiters of one pool."""
+class StrictPriority:
+    """The waiters of one pool: by priority, then in the order of arrival."""
 
     def __init__(self) -> None:
-        self._lanes: dict[Shares, _Lane] = {}
+        self._lanes: dict[LaneKey, _Lane] = {}
         self._size = 0
 
     def __len__(self) -> int:
@@ -92,44 +93,60 @@ class FirstComeFirstServed:
         return (waiter for lane in self._lanes.values() for waiter, option in lane.line if option.open)
 
     def push(self, waiter: Waiter, option: Option) -> None:
-        """Stand behind all that came before."""
-        lane = self._lanes.get(option.shares)
+        """Stand behind all of the same lane that came before."""
+        key = lane_of(waiter, option)
+        lane = self._lanes.get(key)
         if lane is None:
-            lane = self._lanes[option.shares] = _Lane()
+            lane = self._lanes[key] = _Lane()
         lane.line.append((waiter, option))
         lane.size += 1
         self._size += 1
         lane.want(option, 1)
 
-    def left(self, option: Option) -> None:
+    def left(self, waiter: Waiter, option: Option) -> None:
         """An option was served, denied or withdrawn."""
         option.open = False
-        lane = self._lanes[option.shares]
+        key = lane_of(waiter, option)
+        lane = self._lanes[key]
         lane.size -= 1
         self._size -= 1
         if not lane.size:
-            del self._lanes[option.shares]
+            del self._lanes[key]
             return
         lane.want(option, -1)
 
-    def refit(self, option: Option, buckets: tuple[int, ...], holds: tuple[int, ...], recipe: Recipe) -> None:
+    def refit(
+        self, waiter: Waiter, option: Option, buckets: tuple[int, ...], holds: tuple[int, ...], recipe: Recipe
+    ) -> None:
         """Definitions changed: a waiter would hold something else now."""
-        lane = self._lanes[option.shares]
+        lane = self._lanes[lane_of(waiter, option)]
         lane.want(option, -1)
         option.buckets, option.holds, option.recipe = buckets, holds, recipe
         lane.want(option, 1)
 
-    def heads(self) -> list[tuple[Waiter, Option]]:
-        """The first of each lane, in the order of arrival."""
-        heads = [head for lane in self._lanes.values() if (head := lane.head()) is not None]
+    def heads(self, least: Priority = Priority.BATCH) -> list[tuple[Waiter, Option]]:
+        """The first of each lane, in the order of their turns; of this priority and of more urgent ones."""
+        heads = [head for key, lane in self._lanes.items() if key[0] <= least and (head := lane.head()) is not None]
         if len(heads) > 1:
-            heads.sort(key=lambda head: head[0].serial)
+            heads.sort(key=_turn)
         return heads
 
-    def waits(self, shares: Shares) -> bool:
-        """Whether anybody of these shares waits."""
-        return shares in self._lanes
+    def waits(self, key: LaneKey) -> bool:
+        """Whether anybody of this lane waits."""
+        return key in self._lanes
 
-    def wanted(self, number: int, besides: Collection[Shares] = ()) -> int:
-        """What all that wait want of the bucket ``number``, besides these lanes."""
-        return sum(lane.wanted.get(number, 0) for shares, lane in self._lanes.items() if shares not in besides)
+    def wanted(self, number: int, least: Priority, besides: Collection[LaneKey] = ()) -> int:
+        """What those of this priority and of more urgent ones want of the bucket ``number``, besides these lanes."""
+        return sum(
+            lane.wanted.get(number, 0) for key, lane in self._lanes.items() if key[0] <= least and key not in besides
+        )
+
+
+def lane_of(waiter: Waiter, option: Option) -> LaneKey:
+    """Where a waiter stands for one of its options."""
+    return waiter.operation.priority, option.shares
+
+
+def _turn(head: tuple[Waiter, Option]) -> tuple[Priority, int]:
+    waiter = head[0]
+    return waiter.operation.priority, waiter.serial

@@ -90,6 +90,10 @@ class Recipe:
         self.spend = places[Dimension.SPEND]
         """Place of the account's spend."""
 
+    def follows_usage(self, place: int) -> bool:
+        """Whether what is charged there in the end is a matter of usage."""
+        return all(place != kept for kept, _ in self._kept)
+
     def by_dimension(self, amounts: tuple[int, ...]) -> tuple[tuple[Dimension, int], ...]:
         """The amounts in the pool's own limits and the account's spend."""
         return tuple([(dimension, amounts[place]) for place, dimension in self.own])

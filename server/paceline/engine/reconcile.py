@@ -69,6 +69,7 @@ def constrain(
     own: int,
     newest_first: Iterable[Reservation],
     number: int,
+    rounding: int = 0,
 ) -> Constraint | None:
     """Make the standing form of a reading. ``None``: it is too old for what is remembered of ended calls.
 
@@ -82,7 +83,7 @@ def constrain(
         if reservation.granted_at <= until:
             break
         after += hold_of(reservation, number)
-    return Constraint(low, high, since, until, own, ended[0], ended[1], after)
+    return Constraint(low, high, since, until, own, ended[0], ended[1], after, rounding)
 
 
 def hold_of(reservation: Reservation, number: int) -> int:

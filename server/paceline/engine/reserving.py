@@ -6,6 +6,8 @@ first turn. One that cannot have its turn in time is denied at once, with the ti
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from paceline.engine import admission
 from paceline.engine import answers as an
 from paceline.engine import events as ev
@@ -15,8 +17,8 @@ from paceline.engine.answers import Answer, Reason
 from paceline.engine.books import Books
 from paceline.engine.bucket import EndKind
 from paceline.engine.keys import child_keys
-from paceline.engine.operations import Mode
-from paceline.engine.queue import Option, Waiter
+from paceline.engine.operations import Mode, Priority
+from paceline.engine.queue import LaneKey, Option, Waiter, lane_of
 from paceline.engine.state import Ended
 from paceline.engine.stats import Stats
 from paceline.engine.teaching import Teacher
@@ -32,6 +34,7 @@ class Reserving:
         self._books = books
         self._teacher = teacher
         self._stats = stats
+        self._hindsight = stats.hindsight
         self.waiting = Waiting(books.caps)
         self._laid_out = books.generation
         self.answers: list[tuple[int, Answer]] = []
@@ -71,9 +74,10 @@ class Reserving:
             together = 1 if operation.partial else operation.count
             option = Option(index, candidate.pool, candidate.shares, numbers, holds, sizes, recipe, together)
             if self._fits_now(option, operation):
-                would = an.Would() if self._observing(candidate.pool, operation.tenant) else None
-                self._grant(operation, option, [ticket], 0, would)
-                return
+                observed = self._is_observed(candidate.pool, operation)
+                if not observed or self._hindsight.shadow.allows(numbers, holds):
+                    self._grant(operation, option, [ticket], 0, an.Would() if observed else None)
+                    return
             options.append(option)
         if options:
             self._wait_or_deny(ticket, operation, options)
@@ -82,15 +86,15 @@ class Reserving:
 
     def _wait_or_deny(self, ticket: int, operation: op.Reserve, options: list[Option]) -> None:
         """Nothing fits now."""
-        verdicts = [self._judge(option, operation) for option in options]
+        observed = next((one for one in options if self._is_observed(one.pool, operation)), None)
+        verdicts = [self._judge(option, operation, hindsight=observed is not None) for option in options]
         option, verdict = min(zip(options, verdicts, strict=True), key=lambda pair: pair[1].severity)
-        observed = next((one for one in options if self._observing(one.pool, operation.tenant)), None)
         if observed is not None:
             self._grant(operation, observed, [ticket], 0, _would(operation, verdict))
         elif verdict.final or operation.max_wait_us <= 0 or verdict.hope_us > operation.max_wait_us:
-            self._deny(ticket, verdict.reason, option, verdict)
+            self._deny(ticket, verdict.reason, option, operation, verdict)
         elif self.waiting.is_full(operation.tenant):
-            self._deny(ticket, Reason.QUEUE_FULL, option, verdict)
+            self._deny(ticket, Reason.QUEUE_FULL, option, operation, verdict)
         else:
             possible = [one for one, found in zip(options, verdicts, strict=True) if not found.final]
             self.waiting.add(ticket, operation, tuple(possible), self._books.now)
@@ -152,35 +156,51 @@ class Reserving:
     def _fits_now(self, option: Option, operation: op.Reserve) -> bool:
         """Whether it may pass at once: nobody is before it, and every dimension has room."""
         pool = self._books.state.pools[option.pool]
-        if pool.paused or pool.blocked_until > self._books.now or not self._may_pass(option):
+        if pool.paused or pool.blocked_until > self._books.now or not self._may_pass(option, operation.priority):
             return False
         if operation.count == 1:
             return admission.fits(self._books.state.buckets, option.buckets, option.holds, self._books.now)
         return self._count_that_fits(option, operation) > 0
 
-    def _may_pass(self, option: Option) -> bool:
-        """Whether all that wait for the pool are of other shares, and only their own caps stop them."""
+    def _may_pass(self, option: Option, priority: Priority) -> bool:
+        """Whether nobody whose turn comes first waits for anything that this option would use."""
         line = self.waiting.lines.get(option.pool)
         if line is None:
             return True
-        return not line.waits(option.shares) and all(
-            self._stopped_by_share(waiter.operation, head) for waiter, head in line.heads()
-        )
+        if line.waits((priority, option.shares)):
+            return False
+        claimed: set[int] = set()
+        for waiter, head in line.heads(priority):
+            if not self._claims_of_shares(waiter, [head], claimed):
+                return False
+        return not _touches(option, claimed)
 
-    def _stopped_by_share(self, operation: op.Reserve, option: Option) -> bool:
-        """Whether the pool itself has room for a waiter, but its share has not."""
+    def _claims_of_shares(self, waiter: Waiter, options: Sequence[Option], claimed: set[int]) -> bool:
+        """Whether only shares stop the first of a lane: the pool itself has room for it.
+
+        Then the shares' buckets that it waits for are added to ``claimed``: those behind it keep off them, or small
+        calls would pass a large one for ever. What is claimed already stops it, too.
+        """
         state, now = self._books.state, self._books.now
-        if state.pools[option.pool].blocked_until > now:
+        operation = waiter.operation
+        if state.pools[options[0].pool].blocked_until > now:
             return False
         count = 1 if operation.partial else operation.count
-        stopped = False
-        for number, hold in zip(option.buckets, option.holds, strict=True):
-            bucket = state.buckets[number]
-            if hold and bucket.level + bucket.refill(now)[0] < admission.needed(bucket, hold, count):
-                if not bucket.share:
-                    return False
-                stopped = True
-        return stopped
+        short: set[int] = set()
+        for option in options:
+            stopped = _touches(option, claimed)
+            for number, hold in zip(option.buckets, option.holds, strict=True):
+                bucket = state.buckets[number]
+                if hold and bucket.level + bucket.refill(now)[0] < bucket.need(hold, count):
+                    if bucket.share:
+                        stopped = True
+                        short.add(number)
+                    elif not stopped:
+                        return False
+            if not stopped:
+                return False
+        claimed |= short
+        return True
 
     def _count_that_fits(self, option: Option, operation: op.Reserve) -> int:
         room = admission.room(self._books.state.buckets, option.buckets, option.holds, self._books.now)
@@ -188,8 +208,11 @@ class Reserving:
             return operation.count
         return room if operation.partial else 0
 
-    def _judge(self, option: Option, operation: op.Reserve) -> Verdict:
-        """When would this option have its turn, behind all that wait for its pool?"""
+    def _judge(self, option: Option, operation: op.Reserve, *, hindsight: bool = False) -> Verdict:
+        """When would this option have its turn, behind all that wait for its pool?
+
+        With ``hindsight``: had all been denied that enforcing would have denied.
+        """
         state, now = self._books.state, self._books.now
         pool = state.pools[option.pool]
         if pool.paused:
@@ -199,16 +222,27 @@ class Reserving:
             return Verdict(None, 0, Reason.POOL_CLOSED, None, final=True)
         count = 1 if operation.partial else operation.count
         line = self.waiting.lines.get(option.pool)
-        aside: set[tuple[str, ...]] = set()
+        priority = operation.priority
+        aside: set[LaneKey] = set()
         if line is not None:
-            heads = [head for head in line.heads() if head[1].shares != option.shares]
-            aside = {head.shares for waiter, head in heads if self._stopped_by_share(waiter.operation, head)}
+            claimed: set[int] = set()
+            for waiter, head in line.heads(priority):
+                lane = lane_of(waiter, head)
+                if self._claims_of_shares(waiter, [head], claimed) and lane != (priority, option.shares):
+                    aside.add(lane)
         verdicts = [Verdict(blocked, blocked, Reason.BLOCKED, None)]
         for number, hold in zip(option.buckets, option.holds, strict=True):
             self._teacher.lapse(number, now)
-            ahead = line.wanted(number, aside) if line is not None else 0
-            verdicts.append(admission.judge(state.buckets[number], hold, count, ahead, now))
+            bucket = state.buckets[number]
+            # Those whom their share stops leave the pool to others, but not what they wait for.
+            ahead = 0 if line is None else line.wanted(number, priority, () if bucket.share else aside)
+            if hindsight:
+                ahead -= self._hindsight.shadow.more(number)
+            verdicts.append(admission.judge(bucket, hold, count, ahead, now))
         return admission.worst(verdicts)
+
+    def _is_observed(self, pool: str, operation: op.Reserve) -> bool:
+        return operation.observed or self._observing(pool, operation.tenant)
 
     def _observing(self, pool: str, tenant: str) -> bool:
         modes = self._books.state.modes
@@ -234,6 +268,7 @@ class Reserving:
         most = asked.estimate.max_output_tokens
         overs = option.recipe.overs(option.sizes, option.holds)
         expires_at = books.now + operation.hold_us
+        self._hindsight.shadow.look(option.buckets)
         books.advance_all(option.buckets)
         for key in keys:
             books.emit(
@@ -258,6 +293,7 @@ class Reserving:
         if operation.count > 1:
             books.emit(ev.GrantedTogether(operation.key, keys))
         self._stats.granted(option.pool, operation.priority, len(keys), waited, would)
+        self._hindsight.granted(option.pool, operation.tenant, keys, option.buckets, option.holds, waited, would)
         answer = an.Granted(
             keys,
             option.index,
@@ -282,8 +318,9 @@ class Reserving:
         for ticket in tickets:
             self.answers.append((ticket, answer))
 
-    def _deny(self, ticket: int, reason: Reason, option: Option, verdict: Verdict) -> None:
+    def _deny(self, ticket: int, reason: Reason, option: Option, operation: op.Reserve, verdict: Verdict) -> None:
         self._stats.denied(option.pool, reason)
+        self._hindsight.denied(option.pool, operation.tenant, reason, verdict.binding)
         retry = None if verdict.final else verdict.wait_us
         touched = self._books.touched(option.buckets)
         self.answers.append((ticket, an.Denied(reason, option.pool, verdict.binding, retry, touched)))
@@ -318,30 +355,31 @@ class Reserving:
     def _serve_one(self, pool: str) -> bool:
         """Grant or deny the first of a line whose turn it is; false if nobody's is."""
         line = self.waiting.lines.get(pool)
+        claimed: set[int] = set()
         for waiter, head in line.heads() if line is not None else ():
             options = _in_lane_of(waiter, head)
-            if any(self._serve_head(waiter, option) for option in options):
+            if any(self._serve_head(waiter, option, claimed) for option in options):
                 return True
-            if not all(self._stopped_by_share(waiter.operation, option) for option in options):
+            if not self._claims_of_shares(waiter, options, claimed):
                 return False
         return False
 
-    def _serve_head(self, waiter: Waiter, option: Option) -> bool:
-        """Grant or deny the head of a lane; false: it waits on."""
+    def _serve_head(self, waiter: Waiter, option: Option, claimed: set[int]) -> bool:
+        """Grant or deny the head of a lane; false: it waits on. It keeps off what is ``claimed`` by those before it."""
         state, now, operation = self._books.state, self._books.now, waiter.operation
         pool = state.pools[option.pool]
         if pool.blocked_until > now and not pool.closed and not pool.paused:
             return False
         count = 1 if operation.partial else operation.count
         hopeless = any(
-            admission.needed(state.buckets[number], hold, count) > state.buckets[number].burst
+            state.buckets[number].need(hold, count) > state.buckets[number].burst
             for number, hold in zip(option.buckets, option.holds, strict=True)
         )
         if hopeless or pool.paused or pool.blocked_until > now:
             self._drop(waiter, option)
             return True
         would = an.Would() if self._observing(option.pool, operation.tenant) else None
-        if would is None and self._count_that_fits(option, operation) == 0:
+        if would is None and (_touches(option, claimed) or self._count_that_fits(option, operation) == 0):
             return False
         if len(state.open) + operation.count > self._books.caps.open:
             return False
@@ -355,7 +393,7 @@ class Reserving:
         if not self.waiting.drop(waiter, option):
             self.waiting.leave(waiter)
             for ticket in waiter.tickets:
-                self._deny(ticket, verdict.reason, option, verdict)
+                self._deny(ticket, verdict.reason, option, waiter.operation, verdict)
 
     def _time_out(self) -> bool:
         """Deny callers whose deadline has come; whether a waiter left its lines by that."""
@@ -366,7 +404,7 @@ class Reserving:
                 self.waiting.leave(waiter)
                 left = True
             verdict = self._judge(waiter.options[0], waiter.operation)
-            self._deny(ticket, Reason.TIMEOUT, waiter.options[0], verdict)
+            self._deny(ticket, Reason.TIMEOUT, waiter.options[0], waiter.operation, verdict)
         return left
 
     def wake_at(self) -> int | None:
@@ -374,11 +412,12 @@ class Reserving:
         deadline = self.waiting.next_deadline()
         times = [] if deadline is None else [deadline]
         for line in self.waiting.lines.values():
+            claimed: set[int] = set()
             for waiter, head in line.heads():
                 options = _in_lane_of(waiter, head)
-                turns = [self._turn(waiter, option) for option in options]
+                turns = [self._turn(waiter, option) for option in options if not _touches(option, claimed)]
                 times += [turn for turn in turns if turn is not None]
-                if not all(self._stopped_by_share(waiter.operation, option) for option in options):
+                if not self._claims_of_shares(waiter, options, claimed):
                     break
         return min(times, default=None)
 
@@ -390,7 +429,7 @@ class Reserving:
         for number, hold in zip(option.buckets, option.holds, strict=True):
             bucket = state.buckets[number]
             refilled, carry = bucket.refill(now)
-            missing = bucket.level + refilled - admission.needed(bucket, hold, count)
+            missing = bucket.level + refilled - bucket.need(hold, count)
             if hold and missing < 0:
                 wait = bucket.wait_us(missing, carry, now)
                 if wait is None:
@@ -400,10 +439,24 @@ class Reserving:
 
 
 def _would(operation: op.Reserve, verdict: Verdict) -> an.Would:
-    """What enforcing would have done with a call that does not fit now."""
-    if verdict.final or operation.max_wait_us <= 0 or verdict.hope_us > operation.max_wait_us:
-        return an.Would(verdict.reason)
-    return an.Would(None, verdict.wait_us or 0)
+    """What enforcing would have done with a call that does not fit now.
+
+    Where the turn depends on what others give back, the wait is the longest that it can be.
+    """
+    wait, most = verdict.wait_us, operation.max_wait_us
+    if wait == 0 and not verdict.final:
+        return an.Would()
+    hope = verdict.hope_us if wait is None else min(verdict.hope_us, wait)
+    if verdict.final or most <= 0 or hope > most:
+        return an.Would(verdict.reason, 0, verdict.binding)
+    return an.Would(None, most if wait is None else min(wait, most), verdict.binding)
+
+
+def _touches(option: Option, claimed: set[int]) -> bool:
+    """Whether an option would use any of these buckets."""
+    return bool(claimed) and any(
+        hold and number in claimed for number, hold in zip(option.buckets, option.holds, strict=True)
+    )
 
 
 def _in_lane_of(waiter: Waiter, head: Option) -> list[Option]:

@@ -24,7 +24,7 @@ from paceline.engine.operations import Disposition, Refusal
 from paceline.engine.reserving import Reserving
 from paceline.engine.state import Ended, Reservation
 from paceline.engine.stats import Stats
-from paceline.engine.teaching import UNKNOWN_CALL, Call, Teacher
+from paceline.engine.teaching import FLIGHT_US, UNKNOWN_CALL, Call, Teacher
 
 _SPARE = 4_096
 """Expiries of ended reservations, kept beyond as many as are open, before they are swept."""
@@ -51,6 +51,7 @@ class Settling:
         self._reserving = reserving
         self._teacher = teacher
         self._stats = stats
+        self._hindsight = stats.hindsight
         self._expiries = [(one.expires_at, one.key) for one in books.state.open.values()]
         heapify(self._expiries)
 
@@ -88,6 +89,15 @@ class Settling:
         forfeits = self._forfeits(numbers, reservation.holds, charged.amounts, reservation.ordinal)
         books.emit(ev.Settled(reservation.key, charged.amounts, forfeits, charged.overs, charged.cost))
         self._stats.settled(reservation.pool, outcome)
+        self._hindsight.settled(
+            reservation.key,
+            reservation.pool,
+            reservation.tenant,
+            outcome,
+            charged.amounts,
+            forfeits,
+            (numbers, reservation.holds),
+        )
         if outcome.observation is not None:
             self._teacher.observe(
                 reservation.pool,
@@ -116,6 +126,7 @@ class Settling:
         forfeits = self._forfeits(ended.buckets, charges, charged.amounts, ended.ordinal, ended.ended_at)
         books.emit(ev.Replaced(operation.key, charged.amounts, forfeits, charged.overs, charged.cost))
         self._stats.settled(ended.pool, outcome)
+        self._hindsight.settled(operation.key, ended.pool, "", outcome, charged.amounts, forfeits)
         self._teacher.observe(
             ended.pool,
             outcome.observation,
@@ -147,8 +158,10 @@ class Settling:
         frozen = dict(context.charges)
         holds = tuple(frozen.get(books.state.buckets[number].dimension, 0) for number in numbers)
         charged = self._charge(context.pool, numbers, holds, context.prices, None, None, outcome)
-        self._book(key, context.pool, context.shares, numbers, charged, context.granted_at)
+        made_at = max(context.granted_at, self._made_at(outcome))
+        self._book(key, context.pool, context.shares, numbers, charged, context.granted_at, made_at)
         self._stats.settled(context.pool, outcome)
+        self._hindsight.settled(key, context.pool, context.tenant, outcome)
         self._teacher.observe(
             context.pool,
             outcome.observation,
@@ -181,8 +194,12 @@ class Settling:
         sizes = pool.profile.fill(candidate.estimate)
         holds = books.recipe(candidate.pool, numbers).holds(sizes, candidate.prices)
         charged = self._charge(candidate.pool, numbers, holds, candidate.prices, sizes, None, outcome)
-        self._book(operation.key, candidate.pool, candidate.shares, numbers, charged, books.now)
+        made_at = self._made_at(outcome, operation.age_us)
+        # How long it was under way is not known: no reading is taken to have missed it.
+        granted_at = books.now if made_at == books.now else made_at - FLIGHT_US
+        self._book(operation.key, candidate.pool, candidate.shares, numbers, charged, granted_at, made_at)
         self._stats.settled(candidate.pool, outcome)
+        self._hindsight.settled(operation.key, candidate.pool, operation.tenant, outcome)
         self._teacher.observe(
             candidate.pool,
             outcome.observation,
@@ -201,11 +218,32 @@ class Settling:
         numbers: tuple[int, ...],
         charged: Charged,
         granted_at: int,
+        made_at: int,
     ) -> None:
-        self._books.advance_all(numbers)
-        self._books.emit(
-            ev.Booked(key, pool, shares, numbers, charged.amounts, charged.overs, granted_at, charged.cost)
+        """Charge a call that upstream had begun to count by ``made_at``.
+
+        What the buckets have lost since makes up for it: they would have lost less, had it been booked in time.
+        """
+        books = self._books
+        books.advance_all(numbers)
+        absorbed: tuple[int, ...] = ()
+        if made_at < books.now:
+            buckets = books.state.buckets
+            absorbed = tuple(
+                min(charge, buckets[number].losses.since(made_at))
+                for number, charge in zip(numbers, charged.amounts, strict=True)
+            )
+        late = None if made_at == books.now else made_at
+        books.emit(
+            ev.Booked(
+                key, pool, shares, numbers, charged.amounts, charged.overs, granted_at, charged.cost, late, absorbed
+            )
         )
+
+    def _made_at(self, outcome: op.Outcome, age_us: int = 0) -> int:
+        """When upstream had begun to count a call, at the latest."""
+        told = 0 if outcome.observation is None else outcome.observation.age_us
+        return self._books.now - max(told, age_us)
 
     # -- what a call is charged in the end -------------------------------------------------------------------------
 
@@ -318,6 +356,7 @@ class Settling:
         nothing = (0,) * len(reservation.holds)
         forfeits = self._forfeits(reservation.buckets, reservation.holds, nothing, reservation.ordinal)
         self._books.emit(ev.Released(reservation.key, forfeits))
+        self._hindsight.released(reservation.key, forfeits)
         self._teacher.hold_to_readings(reservation.buckets, self._books.now)
 
     def expire(self) -> None:
@@ -349,6 +388,7 @@ class Settling:
         self._books.emit(ev.Expired(reservation.key, charged.amounts, forfeits, charged.overs, charged.cost))
         self._teacher.hold_to_readings(numbers, self._books.now)
         self._stats.expired(reservation.pool)
+        self._hindsight.expired(reservation.key, charged.amounts, forfeits)
 
     def forget(self) -> None:
         """Bound the memory of ended reservations, in number and in age."""
@@ -387,14 +427,24 @@ class Settling:
         expires_at = reservation.expires_at
         if operation.hold_us is not None:
             expires_at = max(expires_at, books.now + operation.hold_us)
-        holds, overs = self._grown(reservation, output)
-        if (expires_at, output) != (reservation.expires_at, reservation.output_tokens):
+        if operation.usage is not None:
+            output = max(output or 0, operation.usage.output_tokens)
+        sizes, holds, overs = self._resized(reservation, output, operation.usage)
+        shrunk = any(hold < before for hold, before in zip(holds, reservation.holds, strict=True))
+        now_known = (expires_at, output, sizes, holds)
+        if now_known != (reservation.expires_at, reservation.output_tokens, reservation.sizes, reservation.holds):
             books.advance_all(reservation.buckets)
-            books.emit(ev.Renewed(operation.key, expires_at, output, holds, overs))
+            forfeits: tuple[int, ...] = ()
+            if shrunk:
+                forfeits = self._forfeits(reservation.buckets, reservation.holds, holds, reservation.ordinal)
+            changed = None if sizes == reservation.sizes else sizes
+            books.emit(ev.Renewed(operation.key, expires_at, output, holds, overs, changed, forfeits))
             if expires_at != reservation.expires_at:
                 self.watch(expires_at, operation.key)
         call = Call(reservation.granted_at, reservation.buckets, holds)
         self._teacher.observe(reservation.pool, operation.observation, books.now, call, call)
+        if shrunk:
+            self._teacher.hold_to_readings(reservation.buckets, books.now)
         return an.Renewed(expires_at - books.now)
 
     def _renew_ended(self, operation: op.Renew) -> Answer:
@@ -417,21 +467,37 @@ class Settling:
         stale = self.is_stale(context.granted_at)
         return an.Renewed(stale=stale, late=not stale)
 
-    def _grown(self, reservation: Reservation, output: int | None) -> tuple[tuple[int, ...], tuple[int, ...]]:
-        """Holds that cover the output reported, and what upstream may still count beyond them."""
-        if output is None or output <= reservation.sizes.output_tokens:
-            return reservation.holds, reservation.overs
-        sizes = msgspec.structs.replace(reservation.sizes, output_tokens=output)
-        wanted = self._books.recipe(reservation.pool, reservation.buckets).holds(sizes, reservation.prices)
+    def _resized(
+        self, reservation: Reservation, output: int | None, usage: Usage | None
+    ) -> tuple[Sizes, tuple[int, ...], tuple[int, ...]]:
+        """Sizes and holds by the output so far and by what is known of the input; what may be counted beyond them.
+
+        Output that was expected may still come, so its hold only grows. Input that upstream has counted is exact.
+        """
+        old, sizes = reservation.sizes, reservation.sizes
+        if usage is not None:
+            sizes = msgspec.structs.replace(
+                sizes,
+                input_tokens=usage.input_tokens + usage.cache_write_tokens,
+                cached_input_tokens=usage.cache_read_tokens,
+            )
+        if sizes == old and (output is None or output <= old.output_tokens):
+            return old, reservation.holds, reservation.overs
+        grown = msgspec.structs.replace(sizes, output_tokens=max(output or 0, old.output_tokens))
+        recipe = self._books.recipe(reservation.pool, reservation.buckets)
+        wanted = recipe.holds(grown, reservation.prices)
         holds, overs = [], []
-        for place, number in enumerate(reservation.buckets):
-            hold = max(reservation.holds[place], wanted[place])
+        for place, (number, before) in enumerate(zip(reservation.buckets, reservation.holds, strict=True)):
+            exact = usage is not None and recipe.follows_usage(place)
+            hold = wanted[place] if exact else max(before, wanted[place])
             over = reservation.overs[place]
             if self._books.state.buckets[number].dimension is Dimension.OUTPUT_TOKENS:
-                over = max(0, over - (hold - reservation.holds[place]))
+                over = max(0, over - (hold - before))
+            elif hold > before:
+                over = max(over, recipe.overs(grown, wanted)[place])
             holds.append(hold)
             overs.append(over)
-        return tuple(holds), tuple(overs)
+        return sizes, tuple(holds), tuple(overs)
 
 
 def _unreported(

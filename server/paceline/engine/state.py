@@ -172,6 +172,7 @@ class State:
             ev.PoolBlocked: self._pool_blocked,
             ev.PoolPaused: self._pool_paused,
             ev.ModeSet: self._mode_set,
+            ev.Withheld: self._withheld,
         }
 
     def apply(self, event: ev.Event) -> None:
@@ -249,7 +250,10 @@ class State:
         self.at = event.at
 
     def _advanced(self, event: ev.Advanced) -> None:
-        self.buckets[event.bucket].advance(self.at, event.refilled, event.carry)
+        self.buckets[event.bucket].advance(self.at, event.refilled, event.carry, event.lost)
+
+    def _withheld(self, event: ev.Withheld) -> None:
+        self.buckets[event.bucket].withhold(event.since, event.until, event.refilled, event.carry, event.lost)
 
     def _pool_defined(self, event: ev.PoolDefined) -> None:
         pool = self.pools.get(event.pool)
@@ -349,13 +353,18 @@ class State:
             output_tokens=event.output_tokens,
             holds=event.holds,
             overs=event.overs,
+            sizes=old.sizes if event.sizes is None else event.sizes,
         )
         self.open[event.key] = new
         self.open_in[old.pool][event.key] = new
         for place, number in enumerate(old.buckets):
             bucket = self.buckets[number]
-            more = new.holds[place] - old.holds[place]
-            bucket.grow(self.ordinal + 1, old.granted_at, more, new.overs[place] - old.overs[place])
+            hold, before = new.holds[place], old.holds[place]
+            over = new.overs[place] - old.overs[place]
+            if hold < before:
+                bucket.shrink(old.ordinal, self.ordinal, old.granted_at, before, hold, over, event.forfeits[place])
+            else:
+                bucket.grow(self.ordinal + 1, old.granted_at, hold - before, over)
 
     def _settled(self, event: ev.Settled) -> None:
         self._end(event.key, EndKind.SETTLED, event.charges, event.forfeits, event.overs, event.cost)
@@ -436,11 +445,13 @@ class State:
         )
 
     def _booked(self, event: ev.Booked) -> None:
-        for number, charge, over in zip(event.buckets, event.charges, event.overs, strict=True):
+        made_at = self.at if event.made_at is None else event.made_at
+        absorbed = event.absorbed or (0,) * len(event.buckets)
+        for number, charge, over, back in zip(event.buckets, event.charges, event.overs, absorbed, strict=True):
             bucket = self.buckets[number]
-            bucket.book(self.ordinal, charge)
+            bucket.book(self.ordinal, charge, back, made_at)
             if bucket.is_read:
-                bucket.note_end(self.at, event.granted_at, 0, charge, over)
+                bucket.note_end(made_at, event.granted_at, 0, charge, over)
         if event.key:
             self.ended.pop(event.key, None)
             self.ended[event.key] = Ended(

@@ -6,6 +6,7 @@ from bisect import bisect_left
 from collections import Counter
 
 from paceline.engine.answers import Reason, Would
+from paceline.engine.hindsight import Hindsight
 from paceline.engine.operations import Outcome, Priority, Refusal
 
 WAIT_BOUNDS_US = (1_000, 5_000, 25_000, 100_000, 250_000, 1_000_000, 2_500_000, 10_000_000, 60_000_000, 300_000_000)
@@ -29,6 +30,7 @@ class Stats:
         """Absolute corrections of levels by readings, by pool and dimension."""
         self.waits: dict[tuple[str, Priority], list[int]] = {}
         self.wait_sum_us: Counter[tuple[str, Priority]] = Counter()
+        self.hindsight = Hindsight()
 
     def granted(self, pool: str, priority: Priority, count: int, waited_us: int, would: Would | None) -> None:
         address = (pool, priority)

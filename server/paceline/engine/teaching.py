@@ -17,6 +17,7 @@ from paceline.engine.dimensions import GAUGES, MINUTE_US, SECOND_US, Dimension, 
 from paceline.engine.operations import Observation, Reading, Refusal
 from paceline.engine.state import Pool
 from paceline.engine.stats import Stats
+from paceline.engine.trail import UNSEEN_US
 
 LONGEST_BLOCK_US = 5 * MINUTE_US
 SHORTEST_BLOCK_US = SECOND_US
@@ -56,6 +57,7 @@ class Teacher:
         self._state = books.state
         self._emit = books.emit
         self._advance = books.advance
+        self._trail = books.trail
         self._definitions = definitions
         self._stats = stats
 
@@ -92,7 +94,7 @@ class Teacher:
                     ),
                 )
             if low is not None or high is not None:
-                self._learn_level(number, bucket, low, high, until, call, pool, now)
+                self._learn_level(number, bucket, low, high, until, call, pool, now, reading.rounding)
 
     def hold_to_readings(self, numbers: tuple[int, ...], now: int) -> None:
         """Clamp again after a settlement, so that a reading and a late usage do not count twice."""
@@ -168,6 +170,7 @@ class Teacher:
         call: Call,
         pool: Pool,
         now: int,
+        rounding: int,
     ) -> None:
         since = until - FLIGHT_US if call.granted_at is None else min(call.granted_at, until)
         own = call.amount(number)
@@ -175,17 +178,34 @@ class Teacher:
             own = 0
         elif bucket.dimension is not Dimension.REQUESTS:
             own = own * WEIGHT_ONE // pool.profile.estimate_slack
+        if bucket.dimension is not Dimension.OUTPUT_TOKENS:
+            self._follow(number, bucket, low, high, since, until)
         newest_first = reversed(self._state.open_in[pool.name].values())
-        constraint = reconcile.constrain(bucket, low, high, since, until, own, newest_first, number)
-        if constraint is None:
-            return
+        constraint = reconcile.constrain(bucket, low, high, since, until, own, newest_first, number, rounding)
         standing = bucket.constraint
-        if standing is None or until >= standing.until:
+        if constraint is None:
+            pass
+        elif standing is None or until >= standing.until:
             self._emit(ev.ReadingKept(number, constraint))
-            self._correct(number, bucket, now)
         else:
             # Older than what stands: it may still narrow the level once, but does not replace the newer one.
             self._adjust(number, reconcile.correction(bucket, constraint, now))
+        self._correct(number, bucket, now)
+
+    def _follow(self, number: int, bucket: Bucket, low: int | None, high: int | None, since: int, until: int) -> None:
+        """Correct the level by what none of our levels between ``since`` and ``until`` explains."""
+        trail = self._trail(number)
+        trail.note(bucket.at, bucket.level - bucket.adjusted)
+        if high is not None:
+            span = trail.between(since, until)
+            if span is not None and high < span[0] + bucket.adjusted:
+                self._adjust(number, high - span[0] - bucket.adjusted)
+                return
+        if low is not None and not bucket.override:
+            span = trail.between(since - UNSEEN_US, until)
+            if span is not None and low > span[1] + bucket.adjusted:
+                raised = min(bucket.burst, bucket.level + low - span[1] - bucket.adjusted)
+                self._adjust(number, max(0, raised - bucket.level))
 
     def _correct(self, number: int, bucket: Bucket, now: int) -> None:
         if bucket.constraint is not None:

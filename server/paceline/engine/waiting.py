@@ -10,7 +10,7 @@ import msgspec
 from paceline.engine.accounting import Sizes
 from paceline.engine.books import Books, Caps
 from paceline.engine.operations import Priority, Reserve
-from paceline.engine.queue import FirstComeFirstServed, Option, Waiter
+from paceline.engine.queue import Option, StrictPriority, Waiter
 
 _SPARE = 1_024
 """Deadlines of waiters that left, kept beyond as many as wait, before they are swept."""
@@ -47,7 +47,7 @@ class Waiting:
     """The waiters of one ledger."""
 
     def __init__(self, caps: Caps) -> None:
-        self.lines: dict[str, FirstComeFirstServed] = {}
+        self.lines: dict[str, StrictPriority] = {}
         """The lines that are not empty, by pool."""
         self._caps = caps
         self._waiters: dict[str, Waiter] = {}
@@ -80,7 +80,7 @@ class Waiting:
         self._waiters[operation.key] = waiter
         self._of_tenant[operation.tenant] = self._of_tenant.get(operation.tenant, 0) + 1
         for option in options:
-            self.lines.setdefault(option.pool, FirstComeFirstServed()).push(waiter, option)
+            self.lines.setdefault(option.pool, StrictPriority()).push(waiter, option)
         self._watch(waiter, ticket, now + operation.max_wait_us)
 
     def join(self, ticket: int, operation: Reserve, now: int) -> int | None:
@@ -102,14 +102,14 @@ class Waiting:
         if not self._of_tenant[tenant]:
             del self._of_tenant[tenant]
         for option in waiter.options:
-            self._leave_line(option)
+            self._leave_line(waiter, option)
 
     def drop(self, waiter: Waiter, option: Option) -> bool:
         """Take a waiter out of one of its lines; false if it is its last."""
         if len(waiter.options) == 1:
             return False
         waiter.options = tuple(other for other in waiter.options if other is not option)
-        self._leave_line(option)
+        self._leave_line(waiter, option)
         return True
 
     def refit(self, books: Books) -> None:
@@ -122,7 +122,7 @@ class Waiting:
                 recipe = books.recipe(option.pool, numbers)
                 prices = waiter.operation.candidates[option.index].prices
                 holds = recipe.holds(option.sizes, prices)
-                self.lines[option.pool].refit(option, numbers, holds, recipe)
+                self.lines[option.pool].refit(waiter, option, numbers, holds, recipe)
 
     def due(self, now: int) -> Iterator[tuple[Waiter, int]]:
         """Waiters and tickets whose deadline has come; each is handed out once."""
@@ -139,9 +139,9 @@ class Waiting:
             heappop(deadlines)
         return deadlines[0][0] if deadlines else None
 
-    def _leave_line(self, option: Option) -> None:
+    def _leave_line(self, waiter: Waiter, option: Option) -> None:
         line = self.lines[option.pool]
-        line.left(option)
+        line.left(waiter, option)
         if not len(line):
             del self.lines[option.pool]
 
