@@ -17,7 +17,7 @@ BUDGET = 5.0
 
 @pytest.fixture(autouse=True)
 def _no_environment(monkeypatch: pytest.MonkeyPatch) -> None:
-    for name in ("ADDRESS", "TOKEN", "DISABLED", "POLICY", "CA_FILE", "CERT_FILE", "KEY_FILE"):
+    for name in ("ADDRESS", "TOKEN", "DISABLED", "MODE", "POLICY", "CA_FILE", "CERT_FILE", "KEY_FILE"):
         monkeypatch.delenv(f"PACELINE_{name}", raising=False)
 
 

@@ -42,6 +42,7 @@ def test_the_snippets_run(
 ) -> None:
     monkeypatch.setattr("paceline_client.Client", connect)
     monkeypatch.setattr("paceline_client.AsyncClient", connect_async)
+    monkeypatch.setenv("OPENAI_API_KEY", "k")
     uses_async = "await" in snippet
     names: dict[str, Any] = {
         "anthropic": SimpleNamespace(

@@ -430,7 +430,12 @@ async def test_memory_is_bounded_under_many_calls(connect_async: ConnectAsync, s
     assert not state._report_queue
     assert not state._reserve_queue
     assert sum(len(stream.open) for stream in state.streams) == 0
-    gc.collect()
+    for _ in range(20):
+        # The thread of the session may still have the last answers in its hands.
+        gc.collect()
+        if not any(type(each) is Grant for each in gc.get_objects()):
+            break
+        await asyncio.sleep(0.1)
     assert not [each for each in gc.get_objects() if type(each) is Grant]
     assert len(gc.get_objects()) - before < 5_000
 

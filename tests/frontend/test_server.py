@@ -18,6 +18,7 @@ import pytest
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
 
+from paceline.frontend.limits import FALLBACK_EXPIRY_US, FALLBACK_GRACE_US
 from paceline.frontend.server import Server, StartError, run
 from paceline.ledger.journal import StoreUnavailable
 from paceline.ledger.memory import MemoryStore
@@ -156,6 +157,18 @@ async def test_a_restart_keeps_the_books(tmp_path: Path) -> None:
         settled = await caller.coordinator.Commit(commit(request, granted.grant.context))
         assert not settled.late
         assert {each.charged for each in settled.settlements if each.pool} == {1, 90, 80}
+
+
+async def test_a_restart_hands_out_no_share_while_those_of_before_may_live(tmp_path: Path) -> None:
+    fields = {"store": f"embedded:{tmp_path}/paceline.db"}
+    async with running(fields) as server, calling(server) as caller:
+        assert (await caller.reserve()).fallback_shares
+    async with running(fields) as server, calling(server) as caller:
+        assert not (await caller.reserve()).fallback_shares
+        slot = server.router.slots["default"]
+        assert slot.owner.inherited_at is not None
+        slot.owner.inherited_at -= FALLBACK_EXPIRY_US + FALLBACK_GRACE_US
+        assert (await caller.reserve()).fallback_shares
 
 
 # -- starting ---------------------------------------------------------------------------------------------------

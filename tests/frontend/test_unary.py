@@ -254,7 +254,7 @@ async def test_unary_answers_carry_fallback_shares(caller: Caller) -> None:
         pb.DIMENSION_INPUT_TOKENS: 30_000,
         pb.DIMENSION_OUTPUT_TOKENS: 3_000,
     }
-    assert share.expires_in.seconds == 60
+    assert share.expires_in.seconds == 600
 
 
 async def test_observe_mode() -> None:

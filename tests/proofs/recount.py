@@ -136,6 +136,8 @@ class Bucket:
     settled: int = 0
     released: int = 0
     expired: int = 0
+    lost: int = 0
+    """Refill that found no place or was withheld, and that no late call has made up for. Not a column of the books."""
 
     def due(self, now: int) -> tuple[int, int]:
         """What refills until ``now``, and the remainder."""
@@ -296,14 +298,31 @@ class Recount:
     ) -> None:
         self.buckets.append(Bucket(pool, share, dimension, window, amount, burst, self.at, level, refilled=level))
 
-    def _on_adv(self, number: int, refilled: int, carry: int) -> None:
+    def _on_adv(self, number: int, refilled: int, carry: int, lost: int = 0) -> None:
         bucket = self.buckets[number]
+        if lost:
+            due = (bucket.carry + bucket.amount * (self.at - bucket.at)) // WINDOW_US.get(bucket.window, 1)
+            if bucket.window not in WINDOW_US or refilled + lost != due:
+                self.fault(f"{bucket.name()} refilled {refilled} and lost {lost}, due were {due}")
+            bucket.lost += lost
         if bucket.due(self.at) != (refilled, carry):
             self.fault(f"{bucket.name()} refilled {refilled} (rest {carry}), due were {bucket.due(self.at)}")
         bucket.at = self.at
         bucket.level += refilled
         bucket.refilled += refilled
         bucket.carry = carry
+        self._bounded(bucket)
+
+    def _on_held(self, number: int, since: int, until: int, refilled: int, carry: int, lost: int) -> None:
+        bucket = self.buckets[number]
+        most = bucket.amount * (until - since) // WINDOW_US[bucket.window]
+        if bucket.due(since) != (refilled, carry) or not bucket.at <= since <= until <= self.at or lost > most:
+            self.fault(f"{bucket.name()} refilled {refilled} (rest {carry}) before an absence that cost {lost}")
+        bucket.at = until
+        bucket.level += refilled
+        bucket.refilled += refilled
+        bucket.carry = carry
+        bucket.lost += lost
         self._bounded(bucket)
 
     def _on_lim(
@@ -437,13 +456,19 @@ class Recount:
         _overs: list[int],
         granted_at: int,
         cost: int,
+        _made_at: int | None = None,
+        absorbed: tuple[int, ...] = (),
         *_: object,
     ) -> None:
         if key and key in self.calls:
             self.fault(f"{key} was booked, but is {self.calls[key].state}")
-        for number, charge in zip(buckets, charges, strict=True):
+        for number, charge, back in zip(buckets, charges, absorbed or [0] * len(buckets), strict=True):
             bucket = self.buckets[number]
-            bucket.level -= charge
+            if not 0 <= back <= min(charge, bucket.lost):
+                self.fault(f"{bucket.name()}: losses of {bucket.lost} made up for {back} of {charge}")
+            bucket.lost -= back
+            bucket.refilled += back
+            bucket.level -= charge - back
             bucket.charged += charge
             bucket.granted += charge
             bucket.settled += charge

@@ -10,6 +10,7 @@ from paceline.cli import config
 from paceline.cli.console import say
 from paceline.cli.health import health
 from paceline.cli.pools import pools
+from paceline.cli.report import report
 from paceline.cli.reserve import reserve
 from paceline.cli.serve import serve
 from paceline.cli.upstream import upstream
@@ -25,6 +26,7 @@ app.command()(serve)
 app.add_typer(config.app, name="config")
 app.command()(reserve)
 app.command()(pools)
+app.command()(report)
 app.command()(health)
 app.command()(upstream)
 app.command()(version)

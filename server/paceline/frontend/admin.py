@@ -32,7 +32,7 @@ from paceline.engine.operations import (
 )
 from paceline.engine.state import Ended, Pool, Reservation, State
 from paceline.engine.waiting import Pending
-from paceline.frontend import view
+from paceline.frontend import report, view
 from paceline.frontend.auth import Authenticator
 from paceline.frontend.desk import problem_of
 from paceline.frontend.errors import Code, Problem, exhausted, invalid, missing, refused, undecodable, unexpected
@@ -111,6 +111,7 @@ class Admin:
                 "UpdateReservation": self._unary(pb.UpdateReservationRequest, self._update_reservation),
                 "CancelReservation": self._unary(pb.CancelReservationRequest, self._cancel_reservation),
                 "Explain": self._unary(pb.ExplainRequest, self._explain),
+                "GetReport": self._unary(pb.GetReportRequest, self._get_report),
                 "Watch": grpc.unary_stream_rpc_method_handler(self._watch),
             },
         )
@@ -440,6 +441,20 @@ class Admin:
 
     async def _explain(self, _: pb.ExplainRequest) -> pb.ExplainResponse:
         raise _later("subject", "explanations: they need the audit export, which is not written yet")
+
+    async def _get_report(self, request: pb.GetReportRequest) -> pb.GetReportResponse:
+        tenant = label(request.tenant, "tenant")
+        ledger = request.ledger
+        if request.pool:
+            slot = self._pool(request.pool, "pool")[0]
+            if ledger and ledger != slot.account:
+                raise missing("pool: the ledger has no pool of this name")
+            ledger = slot.account
+        slots = {slot.account: slot for slot, _ in self._books(ledger)}
+        found = report.keys(slots.values(), request.pool, tenant, request.by_tenant)
+        page, token = _page(list(found), request.page_size, request.page_token, lambda key: "\0".join(map(str, key)))
+        reports = [report.report(slots[key[0]], key, found[key]) for key in page]
+        return pb.GetReportResponse(reports=reports, next_page_token=token)
 
     # -- what both show and change need -----------------------------------------------------------------------------
 

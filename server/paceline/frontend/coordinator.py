@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import asyncio
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import TypeVar, cast
 
 import grpc
 from google.protobuf.message import DecodeError, Message
 
 from paceline.engine.answers import Touched
+from paceline.engine.dimensions import Dimension
 from paceline.frontend import desk as kinds
 from paceline.frontend import wire
 from paceline.frontend.auth import Authenticator, Caller
@@ -51,7 +52,10 @@ class _One:
         if not self.answer.done():
             self.answer.set_exception(problem)
 
-    def share(self, pool: str, touched: Touched) -> None:
+    def demand(self, pool: str, charges: Sequence[tuple[Dimension, int]], count: int) -> None:
+        self._fallback.note(self.instance, pool, charges, count)
+
+    def share(self, ticket: Ticket, pool: str, touched: Touched) -> None:
         share = self._fallback.share(self.instance, pool, touched)
         if share is not None:
             self._shares = wire.block(_SHARES_FIELD, share.SerializeToString())

@@ -14,6 +14,7 @@ from typing import Protocol
 import msgspec
 
 from paceline.engine.answers import Answer, Committed, Denied, Granted, Invalid, Reason, Released, Renewed, Touched
+from paceline.engine.dimensions import Dimension
 from paceline.engine.operations import NO_PRICES, Context, Release, Reserve
 from paceline.frontend.auth import Caller
 from paceline.frontend.errors import Code, Problem, exhausted, refused, unavailable, unexpected
@@ -60,8 +61,12 @@ class Sink(Protocol):
         """No answer."""
         ...
 
-    def share(self, pool: str, touched: Touched) -> None:
-        """A pool that is not in ``shared`` was granted from."""
+    def share(self, ticket: Ticket, pool: str, touched: Touched) -> None:
+        """A pool that is not in ``shared`` was granted from, by an answer that follows."""
+        ...
+
+    def demand(self, pool: str, charges: Sequence[tuple[Dimension, int]], count: int) -> None:
+        """So many calls were granted, each holding ``charges``."""
         ...
 
 
@@ -93,8 +98,9 @@ class Ticket:
                 sink = self.sink
                 body = self.desk.replies.granted(answer, self.choices, len(self.caller.prefix))
                 pool = answer.context.pool
-                if pool not in sink.shared:
-                    sink.share(pool, answer.touched)
+                sink.demand(pool, answer.context.charges, len(answer.keys))
+                if pool not in sink.shared and self.slot is not None and self.slot.is_sharing:
+                    sink.share(self, pool, answer.touched)
                 sink.answered(self, body, True)
             elif type(answer) is Denied:
                 self.desk.unclaim(self.key)

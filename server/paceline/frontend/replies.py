@@ -309,7 +309,7 @@ def _observed(would: Would, touched: Touched) -> bytes:
     else:
         message.wait.FromMicroseconds(would.wait_us)
     if would.reason is not None or would.wait_us:
-        limit = reference(touched, touched.binding)
+        limit = reference(touched, would.binding)
         if limit is not None:
             message.binding_dimension.CopyFrom(limit)
     return wire.block(6, message.SerializeToString())

@@ -193,6 +193,10 @@ class Requests:
                 choices = destination.alone
         else:
             candidates, choices, account = self._several(listed, shares)
+        observed = message.observe_only
+        if observed:
+            # Its caller makes the call there, whatever is granted.
+            candidates, choices, account = candidates[:1], choices[:1], choices[0][1].account
         priority = message.priority
         if priority:
             urgency = _PRIORITIES.get(priority)
@@ -225,6 +229,7 @@ class Requests:
             hold,
             count,
             message.allow_partial if count > 1 else False,
+            observed=observed,
         )
         return Reservation(operation, choices, account)
 
@@ -362,12 +367,12 @@ class Requests:
             else:
                 hold = min(hold, self._max_hold_us)
         output = _optional_output(message, "output_tokens")
-        observation = None
+        observation = usage = None
         if message.HasField("observation"):
-            observation, usage = self._early(message.observation, caller, recall, key, context)
+            observation, usage, produced = self._early(message.observation, caller, recall, key, context)
             if output is None:
-                output = usage
-        return Renew(key, context, hold, output, observation)
+                output = produced
+        return Renew(key, context, hold, output, observation, usage)
 
     def observe(self, message: pb.ObserveRequest, caller: Caller) -> tuple[Observe, Destination]:
         """An Observe."""
@@ -381,7 +386,10 @@ class Requests:
         known = Known(destination.pool, None)
         outcome = self._outcome(message.outcome, caller, lambda *_: known, key, None)
         candidate = Candidate(destination.pool, shares, _NOTHING_KNOWN, destination.prices)
-        return Observe(candidate, outcome, tenant, self.label(message.route, "route"), key), destination
+        age = 0
+        if message.outcome.HasField("header_age"):
+            age = duration_us(message.outcome.header_age, "outcome.header_age", MAX_HEADER_AGE_US, cut=True)
+        return Observe(candidate, outcome, tenant, self.label(message.route, "route"), key, age), destination
 
     def _outcome(
         self, message: pb.Outcome, caller: Caller, recall: Recall, key: str, context: Context | None
@@ -433,17 +441,20 @@ class Requests:
 
     def _early(
         self, message: pb.Outcome, caller: Caller, recall: Recall, key: str, context: Context | None
-    ) -> tuple[Observation | None, int | None]:
-        """What Renew reports of a call in progress, and the output so far."""
+    ) -> tuple[Observation | None, Usage | None, int | None]:
+        """What Renew reports of a call in progress: what it says of its input, and the output so far."""
         path = "observation"
         number = message.disposition
         if number and number not in _DISPOSITIONS:
             raise invalid(path + ".disposition", "is not known: leave it unspecified while the call is in progress")
         output: int | None = None
+        known: Usage | None = None
         if message.HasField("usage"):
-            self._usage(message.usage, path + ".usage", None)
+            usage, unknown = self._usage(message.usage, path + ".usage", None)
             output = _optional_output(message.usage, path + ".usage.output_tokens")
-        return self._observation(message, path, caller, recall, key, context), output
+            if "input_tokens" not in unknown:
+                known = Usage(1, usage.input_tokens, usage.cache_read_tokens, usage.cache_write_tokens, output or 0)
+        return self._observation(message, path, caller, recall, key, context), known, output
 
     def _observation(
         self,

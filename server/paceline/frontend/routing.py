@@ -17,7 +17,7 @@ from paceline.engine.engine import Engine
 from paceline.engine.operations import DefinePool, Operation
 from paceline.engine.state import State
 from paceline.frontend.errors import refused
-from paceline.frontend.limits import MAX_DEFINED_POOLS, MAX_LEDGERS
+from paceline.frontend.limits import FALLBACK_EXPIRY_US, FALLBACK_GRACE_US, MAX_DEFINED_POOLS, MAX_LEDGERS
 from paceline.frontend.places import Destination
 from paceline.ledger.journal import RETRYABLE, StoreError
 from paceline.ledger.owner import LedgerBusy, LedgerError, LedgerUnavailable, Owner, Phase
@@ -51,6 +51,12 @@ class Slot:
     def ready(self) -> bool:
         """The ledger decides."""
         return self.started and self.owner.phase in (Phase.SERVING, Phase.REPLAYING)
+
+    @property
+    def is_sharing(self) -> bool:
+        """Whether this server may hand out fallback shares: those of the one before it have expired."""
+        before = self.owner.inherited_at
+        return before is None or self.owner.now() > before + FALLBACK_EXPIRY_US + FALLBACK_GRACE_US
 
     @property
     def engine(self) -> Engine | None:

@@ -32,7 +32,14 @@ from paceline.frontend.coordinator import SERVICE, Coordinator
 from paceline.frontend.desk import Desk
 from paceline.frontend.fallback import Fallback
 from paceline.frontend.figures import figures, traffic
-from paceline.frontend.limits import FALLBACK_REFRESH_US, MAX_COUNT, MAX_STREAMS, Caps
+from paceline.frontend.limits import (
+    FALLBACK_EXPIRY_US,
+    FALLBACK_GRACE_US,
+    FALLBACK_REFRESH_US,
+    MAX_COUNT,
+    MAX_STREAMS,
+    Caps,
+)
 from paceline.frontend.places import Places
 from paceline.frontend.replies import Replies
 from paceline.frontend.requests import Ladder, Requests
@@ -146,7 +153,8 @@ class Server:
                 waiters_per_tenant=limits.max_queue_per_tenant,
                 open=limits.max_open_reservations,
                 pools=limits.max_pools,
-            )
+            ),
+            unseen_us=FALLBACK_EXPIRY_US + FALLBACK_GRACE_US,
         )
 
         def owner(account: str, heard: Callable[[Phase], object]) -> Owner:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import secrets
 from collections import Counter, deque
+from collections.abc import Sequence
 from typing import Final, cast
 
 import grpc
@@ -16,6 +17,7 @@ import msgspec
 from google.protobuf.message import DecodeError
 
 from paceline.engine.answers import Touched
+from paceline.engine.dimensions import Dimension
 from paceline.frontend import desk as kinds
 from paceline.frontend import wire
 from paceline.frontend.auth import Authenticator, Caller
@@ -79,7 +81,10 @@ class _Nowhere:
     def failed(self, ticket: Ticket, problem: Problem) -> None:
         pass
 
-    def share(self, pool: str, touched: Touched) -> None:
+    def demand(self, pool: str, charges: Sequence[tuple[Dimension, int]], count: int) -> None:
+        pass
+
+    def share(self, ticket: Ticket, pool: str, touched: Touched) -> None:
         pass
 
 
@@ -114,6 +119,8 @@ class Session:
         self._fallback = fallback
         self._context = context
         self._tally = tally
+        self._sent_with: dict[str, str] = {}
+        """Pools whose share went out with a grant, by its id."""
         self._outbox: list[bytes] = []
         self._size = 0
         self._granted: list[Ticket] = []
@@ -150,13 +157,20 @@ class Session:
             self.busy -= 1
         self._put(ticket.number, kinds.ERROR, problem.status().SerializeToString())
 
-    def share(self, pool: str, touched: Touched) -> None:
+    def demand(self, pool: str, charges: Sequence[tuple[Dimension, int]], count: int) -> None:
+        self._fallback.note(self._caller.instance, pool, charges, count)
+
+    def share(self, ticket: Ticket, pool: str, touched: Touched) -> None:
         if len(self.shared) >= MAX_SESSION_POOLS:
             self.shared.clear()
         self.shared.add(pool)
         share = self._fallback.share(self._caller.instance, pool, touched)
         if share is not None:
             self._outbox.append(wire.block(_SHARES_FIELD, share.SerializeToString()))
+            if len(self._sent_with) >= MAX_SESSION_POOLS:
+                self._sent_with.clear()
+            # The grant follows in the same message: who reports on it has the share.
+            self._sent_with[ticket.key] = pool
 
     def _put(self, number: int, field: int, body: bytes) -> None:
         varint = wire.varint
@@ -304,6 +318,10 @@ class Session:
                 self._cancel(item.cancel, ticket)
             else:
                 raise invalid("op", "is required: one operation of this version of the contract")
+            if self._sent_with:
+                pool = self._sent_with.pop(ticket.key, None)
+                if pool is not None:
+                    self._fallback.arrived(self._caller.instance, pool)
         except Problem as problem:
             self.failed(ticket, problem)
         except Exception as error:

@@ -60,10 +60,11 @@ class Machine(Protocol):
 
 
 class EngineMachine:
-    """The real engine."""
+    """The real engine. ``unseen_us``: for how long callers may go on by themselves when nobody decides."""
 
-    def __init__(self, caps: Caps | None = None) -> None:
+    def __init__(self, caps: Caps | None = None, unseen_us: int = 0) -> None:
         self._caps = Caps() if caps is None else caps
+        self._unseen_us = unseen_us
         self.encode = events.encode
         self.decode = events.decode
 
@@ -77,4 +78,4 @@ class EngineMachine:
         return state
 
     def decider(self, ledger: str, books: State) -> Engine:
-        return Engine(ledger, books, self._caps)
+        return Engine(ledger, books, self._caps, self._unseen_us)

@@ -185,6 +185,8 @@ class Owner:
         self.statistics = Statistics()
         self.failure: LedgerStopped | None = None
         self.epoch = 0
+        self.inherited_at: int | None = None
+        """Ledger time of the last record of the process before this one; ``None``: there was none."""
         self._journal = journal
         self._machine: Machine = EngineMachine() if machine is None else machine
         self._clock: Clock = SystemClock() if clock is None else clock
@@ -778,6 +780,7 @@ class Owner:
         self._seq, self._hash, self._journalled_at = seq, chain, at
         if self._time is None:
             self._time = LedgerTime(self._clock, at)
+            self.inherited_at = at or None
         else:
             self._time.at_least(at)
         self._snapshot_seq = 0 if snapshot is None else snapshot.seq

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Final, Self, Unpack
 from paceline_client._config import DEFAULT_BUDGET, DEFAULT_LOCAL_SCALE, Options, Transport, options
 from paceline_client._errors import Denied
 from paceline_client._grant import Grant, GrantBatch
-from paceline_client._model import HeaderSource, Policy, Priority, Target, Usage
+from paceline_client._model import HeaderSource, Mode, Policy, Priority, Target, Usage
 from paceline_client._outcome import CallOutcome, from_exception, from_response
 from paceline_client._plan import Ask, Plan, plan
 
@@ -35,6 +35,7 @@ class _Base:
         token: str | None = None,
         policy: Policy | None = None,
         disabled: bool | None = None,
+        mode: Mode | None = None,
         tenant: str = "",
         workspace: str = "",
         priority: Priority | None = None,
@@ -55,6 +56,7 @@ class _Base:
             token=token,
             policy=policy,
             disabled=disabled,
+            mode=mode,
             transport=transport,
             budget=budget,
             local_scale=local_scale,
@@ -231,6 +233,8 @@ class Client(_Base):
         if desk is None:
             return _disabled(asked)
         submit = desk.hub.submit
+        if desk.goes_ahead:
+            return desk.ahead(asked, submit)
         operation = desk.operation(asked)
         call = desk.hub.call()
         operation.waiter = call
@@ -243,15 +247,16 @@ class Client(_Base):
         decision = desk.decide(asked, submit, operation)
         if decision is not None:
             return decision
+        result: Decision | None = None
         flow = desk.without(asked, submit, operation.created)
         try:
             while True:
                 time.sleep(next(flow))
         except StopIteration as stop:
-            result: Decision = stop.value
-            return result
+            result = stop.value
         finally:
             flow.close()
+        return self._decide(desk.rest(asked, operation)) if result is None else result
 
 
 class AsyncClient(_Base):
@@ -352,6 +357,8 @@ class AsyncClient(_Base):
             return _disabled(asked)
         port = desk.hub.port()
         submit = port.submit
+        if desk.goes_ahead:
+            return desk.ahead(asked, submit)
         operation = desk.operation(asked)
         call = port.waiter()
         operation.waiter = call
@@ -364,15 +371,16 @@ class AsyncClient(_Base):
         decision = desk.decide(asked, submit, operation)
         if decision is not None:
             return decision
+        result: Decision | None = None
         flow = desk.without(asked, submit, operation.created)
         try:
             while True:  # noqa: ASYNC110 - for turns, which are computed, not signalled
                 await asyncio.sleep(next(flow))
         except StopIteration as stop:
-            result: Decision = stop.value
-            return result
+            result = stop.value
         finally:
             flow.close()
+        return await self._decide(desk.rest(asked, operation)) if result is None else result
 
 
 class Reservation:

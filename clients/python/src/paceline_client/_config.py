@@ -6,7 +6,7 @@ import os
 from dataclasses import dataclass, field
 from typing import Final, Literal, get_args
 
-from paceline_client._model import Policy, Priority
+from paceline_client._model import Mode, Policy, Priority
 
 DEFAULT_ADDRESS: Final = "127.0.0.1:7133"
 DEFAULT_BUDGET: Final = 0.25
@@ -39,6 +39,7 @@ class Options:
 
     endpoint: Endpoint
     disabled: bool
+    mode: Mode
     policy: Policy
     tenant: str
     workspace: str
@@ -52,6 +53,7 @@ def options(
     token: str | None,
     policy: Policy | None,
     disabled: bool | None,
+    mode: Mode | None,
     transport: Transport,
     budget: float,
     local_scale: float,
@@ -82,6 +84,10 @@ def options(
     chosen = next((each for each in get_args(Policy) if each == wanted), None)
     if chosen is None:
         raise ValueError(f"policy (or PACELINE_POLICY) must be one of local, open, closed, not {wanted!r}")
+    how = mode or environ.get("PACELINE_MODE") or "enforce"
+    chosen_mode = next((each for each in get_args(Mode) if each == how), None)
+    if chosen_mode is None:
+        raise ValueError(f"mode (or PACELINE_MODE) must be one of enforce, observe, not {how!r}")
     if transport not in get_args(Transport):
         raise ValueError(f"transport must be session or unary, not {transport!r}")
     if budget < 0 or not 0 < local_scale <= 1:
@@ -101,6 +107,7 @@ def options(
             key_file=key_file,
         ),
         disabled=disabled,
+        mode=chosen_mode,
         policy=chosen,
         tenant=tenant,
         workspace=workspace,

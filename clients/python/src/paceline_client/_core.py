@@ -34,6 +34,8 @@ MAX_WAITING: Final = 65_536
 """Reserves without an answer. Beyond it a call is treated as if no coordinator could be reached."""
 REPORT_MAX_AGE: Final = 3_600.0
 """The ledger remembers for so long; an older report would book nothing. Unit: seconds."""
+MAX_BEHIND: Final = 1_024
+"""Reserves for which nobody waits. Beyond it a call is made without telling the coordinator before."""
 MAX_BATCH_ITEMS: Final = 1_024
 MAX_BATCH_BYTES: Final = 1_000_000
 REPORT_SLOTS: Final = 0.1
@@ -45,6 +47,8 @@ PROBE_INTERVAL: Final = 1.0
 """While a coordinator is silent, one call in this time finds out whether it is back. Unit: seconds."""
 SILENCE: Final = 1.0
 """A session that owes an answer and says nothing at all for so long is given up. Unit: seconds."""
+HURRY: Final = 0.05
+"""For the answer to a Reserve in observe mode, which is a grant anyway. Unit: seconds."""
 RECENT: Final = 1.0
 """After "unavailable", no call waits for a better answer for so long. Unit: seconds."""
 
@@ -112,6 +116,12 @@ class Operation:
     """The server said that somebody behind it is away, and the budget for that runs."""
     timer: Timer | None = None
     result: Message | Failure | None = None
+    behind: bool = False
+    """Of a Reserve: its caller went ahead, and nobody waits."""
+    observed: bool = False
+    """Of a Reserve: the server has last observed such calls. While it is away, they go on at once."""
+    hurry: bool = False
+    """Such a one, which does not wait long for a server that is there either."""
 
 
 @dataclass(slots=True, eq=False)
@@ -148,6 +158,8 @@ class Counters:
     breaks: int = 0
     drains: int = 0
     unreachable: int = 0
+    unobserved: int = 0
+    """Reserves for which nobody waited, and that got no answer."""
 
 
 @dataclass(slots=True)
@@ -177,6 +189,8 @@ class Core:
         """Reports that are not acknowledged."""
         self.waiting: set[Operation] = set()
         """Reserves that are not answered."""
+        self.behind: set[Operation] = set()
+        """Reserves for which nobody waits, until what follows from their answers is submitted."""
         self.on_share: Callable[[common.FallbackShare, float], None] | None = None
         self._chance = chance or random.Random()
         self._report_queue: deque[Operation] = deque()
@@ -199,17 +213,26 @@ class Core:
                 self._drop_oldest()
             return
         failure = self.fatal if self.current is None else None
-        if failure is None and self._is_away(now):
+        if failure is None and ((operation.observed and self.current is None) or self._is_away(now)):
             failure = Failure("UNAVAILABLE", "the coordinator cannot be reached", unreachable=True)
             self.counters.unreachable += 1
         if failure is None and len(self.waiting) >= MAX_WAITING:
             failure = Failure("RESOURCE_EXHAUSTED", "too many calls of this process wait", unreachable=True)
+        if failure is None and operation.behind and len(self.behind) >= MAX_BEHIND:
+            failure = Failure("RESOURCE_EXHAUSTED", "too many calls of this process went ahead", unreachable=True)
         if failure is not None:
             operation.state = State.ENDED
             operation.result = failure
+            self.counters.unobserved += operation.behind
             self.ended.append(operation)
             return
         operation.give_up = operation.turn_by + self.budget
+        stream = self.current
+        if operation.behind:
+            self.behind.add(operation)
+            operation.give_up = now + self.budget
+        elif operation.observed and (operation.hurry or stream is None or stream.silent_since is not None):
+            operation.give_up = now + min(self.budget, HURRY)
         self.waiting.add(operation)
         queue = self._reserve_queue
         if len(queue) > 2 * len(self.waiting) + 64:
@@ -370,6 +393,7 @@ class Core:
         if self.current is not None:
             return
         self.went_down(now)
+        self._go_on(now)
         if self._is_away(now):
             self._fail_unsent(now)
         if fatal is not None:
@@ -382,6 +406,7 @@ class Core:
         if self.down_since is not None:
             return
         self.down_since = now
+        self._go_on(now)
 
         def too_long(at: float) -> None:
             if self.down_since == now:
@@ -547,6 +572,11 @@ class Core:
         stream.heard = now
         stream.silent_since = None
 
+    def _go_on(self, now: float) -> None:
+        """Nobody can be reached: what the server only observed does not wait for it."""
+        for operation in [op for op in self.waiting if op.observed and op.stream is None]:
+            self._unreachable(operation, now)
+
     def _fail_unsent(self, now: float) -> None:
         for operation in [op for op in self.waiting if op.stream is None or op.stream.unary]:
             self._unreachable(operation, now)
@@ -597,6 +627,7 @@ class Core:
         operation.result = result
         if operation.kind is Kind.RESERVE:
             self.waiting.discard(operation)
+            self.counters.unobserved += operation.behind and isinstance(result, Failure)
             if operation.timer is not None:
                 self.cancel_timer(operation.timer)
                 operation.timer = None

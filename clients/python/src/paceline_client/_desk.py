@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Generator, Sequence
 from dataclasses import replace
 from typing import Final
 
 from paceline_client import _wire as wire
+from paceline_client._ahead import Ahead
 from paceline_client._config import Options
 from paceline_client._core import Failure, Kind, Operation, new_id
 from paceline_client._errors import Denied, RequestRefused, Unavailable
@@ -20,6 +22,13 @@ from paceline_client.stubs.paceline.v1 import coordinator_pb2 as pb
 
 Decision = list[Grant] | Denied
 FOREVER: Final = float("inf")
+LOOK: Final = 0.25
+"""How often a call that waits for its turn here looks whether the coordinator is back. Unit: seconds."""
+MAX_OBSERVED: Final = 4_096
+"""Kinds of calls that are remembered as observed by the server. Beyond it the oldest is forgotten."""
+
+_Kind = tuple[Target | str, str, str]
+"""Of a call: its target or ladder, tenant and workspace."""
 
 
 class Desk:
@@ -28,10 +37,43 @@ class Desk:
     def __init__(self, hub: Hub, options: Options) -> None:
         self.hub = hub
         self._options = options
+        self.goes_ahead = options.mode == "observe"
+        """Calls are made at once, and the coordinator is told."""
+        self._lock = threading.Lock()
+        self._observed: dict[_Kind, bool] = {}
+        """Calls that the server observes only; whether their next one waits but shortly for its answer."""
+
+    def ahead(self, plan: Plan, submit: Submit) -> list[Grant]:
+        """Grant at once, and tell the coordinator behind it. Neither waits nor raises."""
+        candidate = plan.candidates[0]
+        if plan.ladder:
+            known = self.hub.local.ladder(plan.ladder)
+            if known is not None:
+                candidate = _at(candidate, known[1])
+        operation = self.operation(plan)
+        operation.behind = True
+        request = operation.request
+        number = ""
+        if isinstance(request, pb.ReserveRequest):
+            request.observe_only = True
+            number = request.reservation_id
+        account = Ahead(self.hub, submit, plan)
+        grants = [
+            Grant(
+                account,
+                reservation_id=new_id() if plan.count else number,
+                target=candidate.target,
+                max_output_tokens=candidate.max_output_tokens,
+            )
+            for _ in range(plan.count or 1)
+        ]
+        account.start(grants, operation)
+        return grants
 
     def operation(self, plan: Plan) -> Operation:
         """Ask for it."""
         now = self.hub.clock()
+        hurry = self._observed.get(_kind(plan))
         request = wire.reserve_request(
             new_id(),
             plan.candidates,
@@ -44,7 +86,8 @@ class Desk:
             count=plan.count,
             allow_partial=plan.allow_partial,
         )
-        return Operation(Kind.RESERVE, request, now, turn_by=now + min(plan.max_wait, wire.MAX_WAIT))
+        turn_by = now + min(plan.max_wait, wire.MAX_WAIT)
+        return Operation(Kind.RESERVE, request, now, turn_by=turn_by, observed=hurry is not None, hurry=hurry is True)
 
     def withdraw(self, plan: Plan, submit: Submit, operation: Operation) -> None:
         """Nobody wants the answer any more: whatever it is, everything goes back."""
@@ -67,8 +110,12 @@ class Desk:
         if isinstance(result, Failure) and not result.unreachable:
             raise RequestRefused(result.code, result.message)
         if not isinstance(result, pb.ReserveResponse) or not isinstance(request, pb.ReserveRequest):
+            if operation.hurry:
+                # The server may enforce by now, and let it wait: give the next one the time to learn of that.
+                self._remember(plan, hurry=False)
             self.withdraw(plan, submit, operation)
             return None
+        self._remember(plan, hurry=True if result.HasField("observed_decision") else None)
         if not result.HasField("grant"):
             return wire.denied(result)
         hub = self.hub
@@ -82,6 +129,8 @@ class Desk:
             hub.local.learn_pool(target, answer.pool, plan.ladder, index)
         elif index < len(plan.candidates):
             hub.local.learn_pool(plan.candidates[index].target, answer.pool, "", index)
+        size = plan.candidates[index if index < len(plan.candidates) else 0]
+        hub.local.granted(answer.pool, size, len(answer.child_reservation_ids) or 1, now)
         account = self._account(plan, submit)
         grants = [
             Grant(
@@ -102,10 +151,18 @@ class Desk:
             renewals.schedule(now + expires_in / 2, grants)
         return grants
 
-    def without(self, plan: Plan, submit: Submit, started: float) -> Generator[float, None, Decision]:
-        """Decide by the policy. Yields the seconds to wait before it goes on; closed, it gives back what it took."""
+    def rest(self, plan: Plan, operation: Operation) -> Plan:
+        """What is left to wait for, of a call whose operation came to nothing."""
+        return replace(plan, max_wait=max(0.0, plan.max_wait - (self.hub.clock() - operation.created)))
+
+    def without(self, plan: Plan, submit: Submit, started: float) -> Generator[float, None, Decision | None]:
+        """Decide by the policy. Yields the seconds to wait before it goes on; closed, it gives back what it took.
+
+        ``None``: the coordinator is back, and the turn had not come. It is to be asked: turns taken here while it
+        grants as well would be a burst.
+        """
         hub = self.hub
-        policy = self._options.policy
+        policy = self._options.policy if _kind(plan) not in self._observed else "open"
         if policy == "closed":
             raise Unavailable("no coordinator could be reached, and the policy is `closed`")
         candidates: Sequence[Candidate] = plan.candidates
@@ -124,14 +181,14 @@ class Desk:
         if policy == "open":
             return [_local(account, candidates[0], first, None, 0.0) for _ in range(count)]
         turns = yield from self._turns(plan, candidates, count, started)
-        if isinstance(turns, Denied):
+        if turns is None or isinstance(turns, Denied):
             return turns
         waited = max(0.0, hub.clock() - started)
         return [_local(account, candidates[turn.index], first + turn.index, turn, waited) for turn in turns]
 
     def _turns(
         self, plan: Plan, candidates: Sequence[Candidate], count: int, started: float
-    ) -> Generator[float, None, list[LocalGrant] | Denied]:
+    ) -> Generator[float, None, list[LocalGrant] | Denied | None]:
         hub = self.hub
         turn_by = max(hub.clock(), started + plan.max_wait)
         taken: list[LocalGrant] = []
@@ -143,7 +200,9 @@ class Desk:
                 if isinstance(turn, LocalGrant):
                     taken.append(turn)
                 elif now + turn <= turn_by:
-                    yield turn
+                    if hub.is_back:
+                        return None
+                    yield min(turn, LOOK)
                 elif taken and plan.allow_partial:
                     break
                 else:
@@ -153,15 +212,29 @@ class Desk:
                         message="what this process may use without a coordinator is used up",
                         local=True,
                     )
-            wait = max(turn.at for turn in taken) - hub.clock()
-            if wait > 0:
-                yield wait
+            at = max(turn.at for turn in taken)
+            while (wait := at - hub.clock()) > 0:
+                if hub.is_back:
+                    return None
+                yield min(wait, LOOK)
             complete = True
             return taken
         finally:
             if not complete:
                 for each in taken:
                     hub.local.end(each, None, hub.clock(), sent=False)
+
+    def _remember(self, plan: Plan, *, hurry: bool | None) -> None:
+        """Such calls are observed by the server; ``None``: they are not."""
+        kind, observed = _kind(plan), self._observed
+        if observed.get(kind) is hurry:
+            return
+        with self._lock:
+            observed.pop(kind, None)
+            if hurry is not None:
+                observed[kind] = hurry
+            if len(observed) > MAX_OBSERVED:
+                del observed[next(iter(observed))]
 
     def account(self, submit: Submit, tenant: str, workspace: str, route: str) -> Account:
         """The account of a call without a plan."""
@@ -170,6 +243,10 @@ class Desk:
 
     def _account(self, plan: Plan, submit: Submit) -> Account:
         return Account(self.hub, submit, plan.tenant, plan.workspace, plan.route)
+
+
+def _kind(plan: Plan) -> _Kind:
+    return plan.ladder or plan.candidates[0].target, plan.tenant, plan.workspace
 
 
 def _local(account: Account, candidate: Candidate, index: int, turn: LocalGrant | None, waited: float) -> Grant:

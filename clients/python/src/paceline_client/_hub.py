@@ -25,7 +25,7 @@ from google.protobuf.message import DecodeError
 import paceline_client
 from paceline_client import _wire as wire
 from paceline_client._config import Endpoint
-from paceline_client._core import Core, Counters, Failure, Operation, Stream, Timer, Waiter
+from paceline_client._core import SILENCE, Core, Counters, Failure, Kind, Operation, Stream, Timer, Waiter
 from paceline_client._grpc import (
     anchor,
     grpc,
@@ -41,11 +41,16 @@ from paceline_client.stubs.google_types import status_pb2
 
 CONNECT_TIMEOUT: Final = 5.0
 """For a connection and its welcome. Unit: seconds."""
+WAITED: Final = 0.85
+"""The part of the budget that is waited for. The rest is for the way back to the caller."""
 REPORT_TIMEOUT: Final = 5.0
 """For a report that is a call of its own. Unit: seconds."""
 FIRST_BACKOFF: Final = 0.05
-LAST_BACKOFF: Final = 5.0
-"""Between two connections. Unit: seconds."""
+LAST_BACKOFF: Final = 2.0
+"""Between two connections: while some are back and others are not yet, the fleet may use more than the limit. Unit:
+seconds."""
+REFUSED_BACKOFF: Final = 5.0
+"""Before the next one, when the server refused this client. Unit: seconds."""
 STABLE: Final = 1.0
 """A session that lived for so long starts the back-off anew. Unit: seconds."""
 DRAIN_SPREAD: Final = 0.1
@@ -165,7 +170,7 @@ class Hub:
     def _fresh(self) -> None:
         """A state in which nothing was started yet. In the child of a fork, nothing of the parent is left."""
         self.instance = uuid.uuid4().hex
-        self.core = Core(self.endpoint.budget)
+        self.core = Core(self.endpoint.budget * WAITED)
         self.core.on_share = self._learn
         self.local = LocalPolicy(self.endpoint.local_scale)
         """Not the parent's: the parts of all processes add up to the limit."""
@@ -216,6 +221,11 @@ class Hub:
         with self._lock:
             return self.core.abandon(operation)
 
+    def caught_up(self, operation: Operation) -> None:
+        """What follows from the answer to a Reserve for which nobody waits has been submitted."""
+        with self._lock:
+            self.core.behind.discard(operation)
+
     def call_at(self, due: float, action: Callable[[float], None], holds: Callable[[], bool] | None = None) -> Timer:
         """Call ``action`` under the lock, in the thread that keeps the times."""
         with self._lock:
@@ -248,6 +258,12 @@ class Hub:
             down = None if self.core.can_report else self.core.down_since
         return self._closed or (down is not None and self.clock() - down > self.endpoint.budget)
 
+    @property
+    def is_back(self) -> bool:
+        """There is a session, and nothing is known against it. Looked at often, so without the lock."""
+        stream = self.core.current
+        return stream is not None and stream.silent_since is None and self.core.down_since is None
+
     def flush(self, timeout: float, *, hopeless: bool = True) -> bool:
         """Wait until every report is acknowledged. ``hopeless``: also while nobody can be reached."""
         deadline = self.clock() + timeout
@@ -255,7 +271,7 @@ class Hub:
             if port._thread == threading.get_ident():
                 port.flush()
         with self._lock:
-            while self.core.reports and not self._closed:
+            while (self.core.reports or self.core.behind) and not self._closed:
                 now = self.clock()
                 left = deadline - now
                 down = None if self.core.can_report else self.core.down_since
@@ -264,7 +280,7 @@ class Hub:
                 if left <= 0:
                     return False
                 self._settled.wait(min(left, 0.05))
-            return not self.core.reports
+            return not (self.core.reports or self.core.behind)
 
     def close(self) -> None:
         """End everything. What was not sent is lost."""
@@ -340,8 +356,10 @@ class Hub:
         if not core.reports:
             self._settled.notify_all()
         ended = core.ended
-        if ended:
-            core.ended = []
+        if not ended:
+            # Not the list that the next ones go into: whoever waits with it in hand would keep them.
+            return []
+        core.ended = []
         return ended
 
     def _after_timer(self) -> None:
@@ -427,11 +445,11 @@ class Hub:
         """The delay before the next session, when this one has ended or is drained."""
         lived = 0.0 if stream.welcomed is None else self.clock() - stream.welcomed
         if fatal:
-            self._backoff = LAST_BACKOFF
+            self._backoff = REFUSED_BACKOFF
         elif lived >= STABLE:
             self._backoff = FIRST_BACKOFF
         backoff = self._backoff
-        self._backoff = min(backoff * 1.8, LAST_BACKOFF)
+        self._backoff = max(backoff, min(backoff * 1.8, LAST_BACKOFF))
         if stream.welcomed is not None and backoff == FIRST_BACKOFF:
             return max(backoff, DRAIN_SPREAD if stream.draining else 0.0) * self._chance.random()
         return backoff * (0.5 + 0.5 * self._chance.random())
@@ -533,6 +551,7 @@ class Hub:
                 if message.welcome.header_names:
                     self.headers = HeaderFilter(message.welcome.header_names)
                 self.core.welcome(stream, message.welcome, now)
+                self._watch(stream, now)
             elif what == "drain" and not stream.draining:
                 self.core.drain(stream, now)
                 self._let_go(stream, now + wire.seconds(message.drain.grace) + 1.0, now)
@@ -541,6 +560,27 @@ class Hub:
                 self._to_write.notify_all()
             ended = self._after()
         _deliver(ended)
+
+    def _watch(self, stream: Stream, now: float) -> None:
+        """Cut the session once its server owes the receipt of a report for too long and says nothing.
+
+        Callers that wait for their turn would not find out by themselves before their wait is over.
+        """
+
+        def look(at: float) -> None:
+            if stream.closed:
+                return
+            reports = [op for op in stream.open.values() if op.kind is not Kind.RESERVE]
+            oldest = min((op.sent_at for op in reports), default=at)
+            if max(oldest, stream.heard) + SILENCE < at and stream.heard <= oldest:
+                # They have waited for longer than the budget.
+                for operation in [op for op in self.core.waiting if op.stream is stream]:
+                    self.core._unreachable(operation, at)
+                self.core.suspects.append(stream)
+            else:
+                self._watch(stream, at)
+
+        self.core.call_at(now + SILENCE / 2, look)
 
     def _let_go(self, stream: Stream, until: float, needed: float) -> None:
         """Cut a drained stream, once it has not been needed for a moment or its server should be gone.

@@ -1,9 +1,10 @@
 """What this process may do by itself while no coordinator can be reached.
 
 Every pool has token buckets, one for each dimension of its newest fallback share. A bucket is refilled at the
-share's amount per minute and holds a quarter of it: when all processes lose the coordinator at the same time, the
-upstream's own bucket may just have been emptied. A call larger than that is admitted when the bucket is full, into
-debt, so that none is impossible.
+share's amount per minute and holds a quarter of it. What the coordinator grants is taken off it too, down to nothing:
+when all processes lose it at the same time, those that were busy begin without a burst, because the upstream's own
+bucket may just have been emptied. A call larger than a bucket is admitted when that is full, into debt, so that none
+is impossible.
 
 A call is debited when it asks, and told when its turn comes: so turns are in the order of asking. All times are those
 of the caller's clock.
@@ -33,6 +34,9 @@ BUILT_IN: Final[Mapping[str, int]] = {
 GAUGES: Final = frozenset({"concurrency", "queued_requests"})
 BURST: Final = 0.25
 """What a bucket holds, as a part of its amount per minute."""
+DRAWN: Final = 2.0
+"""How often a call that the coordinator grants is taken off here. Once would leave busy processes something whenever
+their calls had come unevenly, and all of them together too much."""
 LIKELY_INPUT: Final = 2_000
 LIKELY_OUTPUT: Final = 1_000
 """For calls that say nothing of their size. Unit: tokens."""
@@ -127,6 +131,17 @@ class LocalPolicy:
         """What the ladder led to last."""
         return self._ladders.get(name)
 
+    def granted(self, name: str, candidate: Candidate, count: int, now: float) -> None:
+        """The coordinator has granted so many calls of a pool."""
+        with self._lock:
+            if name not in self._shares:
+                return
+            pool = self._ready(name, now)
+            for dimension, amount in _cost(candidate).items():
+                bucket = pool.buckets.get(dimension)
+                if bucket is not None and bucket.level > 0:
+                    bucket.level = max(0.0, bucket.level - DRAWN * amount * count)
+
     # -- deciding -----------------------------------------------------------------------------------------------
 
     def reserve(self, candidates: Sequence[Candidate], now: float, turn_by: float) -> LocalGrant | float:
@@ -175,6 +190,10 @@ class LocalPolicy:
 
     def _pool(self, target: Target, now: float) -> tuple[str, _Pool]:
         name = self._pool_of.get(target) or self._match(target) or f"{target.provider}/{target.model}"
+        return name, self._ready(name, now)
+
+    def _ready(self, name: str, now: float) -> _Pool:
+        """A pool with its buckets, at the present."""
         share = self._shares.get(name)
         lapsed = share is not None and share.expires_at <= now
         pool = self._pools.get(name)
@@ -186,7 +205,7 @@ class LocalPolicy:
             self._resize(pool, self._amounts(share, lapsed), now)
         for bucket in pool.buckets.values():
             bucket.refill(now)
-        return name, pool
+        return pool
 
     def _match(self, target: Target) -> str:
         for share in self._shares.values():

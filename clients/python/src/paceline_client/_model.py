@@ -10,6 +10,7 @@ __all__ = ["Candidate", "HeaderSource", "Headers", "Policy", "Priority", "Settle
 
 Priority = Literal["interactive", "standard", "batch"]
 Policy = Literal["local", "open", "closed"]
+Mode = Literal["enforce", "observe"]
 
 Headers = list[tuple[str, bytes]]
 """Headers as they are kept: lower-case names, values as received."""

@@ -50,7 +50,7 @@ class Account:
             context=grant._context,
             outcome=wire.outcome_message(outcome, headers),
         )
-        self.submit(Operation(Kind.COMMIT, request, self.hub.clock(), _Receipt(self, grant), header_time), timer)
+        self.submit(Operation(Kind.COMMIT, request, self.hub.clock(), Receipt(self, grant), header_time), timer)
 
     def release(
         self,
@@ -63,7 +63,7 @@ class Account:
         request = pb.ReleaseRequest(reservation_id=reservation_id, context=context)
         if not context:
             request.targets.extend(wire.target_message(each) for each in candidates)
-        self.submit(Operation(Kind.RELEASE, request, self.hub.clock(), _Receipt(self)), timer)
+        self.submit(Operation(Kind.RELEASE, request, self.hub.clock(), Receipt(self)), timer)
 
     def report(self, grant: Grant, outcome: CallOutcome, headers: Headers, header_time: float) -> None:
         """Report what the headers say, while the call goes on."""
@@ -73,7 +73,7 @@ class Account:
             output_tokens=grant._output,
             observation=wire.outcome_message(outcome, headers),
         )
-        self.submit(Operation(Kind.RENEW, request, header_time, _Receipt(self), header_time))
+        self.submit(Operation(Kind.RENEW, request, header_time, Receipt(self), header_time))
 
     def observe(self, target: Target, outcome: CallOutcome, headers: Headers, header_time: float | None) -> None:
         """Report a call that was made without a grant."""
@@ -85,10 +85,10 @@ class Account:
             route=self.route,
             outcome=wire.outcome_message(outcome, headers),
         )
-        self.submit(Operation(Kind.OBSERVE, request, self.hub.clock(), _Receipt(self), header_time))
+        self.submit(Operation(Kind.OBSERVE, request, self.hub.clock(), Receipt(self), header_time))
 
 
-class _Receipt:
+class Receipt:
     """Gives what was booked to the grant, and says once what the coordinator does not accept."""
 
     __slots__ = ("_account", "_grant")

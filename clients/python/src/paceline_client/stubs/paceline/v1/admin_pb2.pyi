@@ -188,6 +188,38 @@ WATCH_PHASE_CHANGE: WatchPhase.ValueType  # 3
 """Changes after the snapshot or after the token."""
 Global___WatchPhase: _TypeAlias = WatchPhase  # noqa: Y015
 
+class _Decision:
+    ValueType = _typing.NewType("ValueType", _builtins.int)
+    V: _TypeAlias = ValueType  # noqa: Y015
+
+class _DecisionEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_Decision.ValueType], _builtins.type):
+    DESCRIPTOR: _descriptor.EnumDescriptor
+    DECISION_UNSPECIFIED: _Decision.ValueType  # 0
+    """Not set."""
+    DECISION_AT_ONCE: _Decision.ValueType  # 1
+    """Granted at once."""
+    DECISION_WAITED: _Decision.ValueType  # 2
+    """Granted after a wait."""
+    DECISION_DENIED: _Decision.ValueType  # 3
+    """Denied. In enforce mode the call was not made."""
+    DECISION_UNKNOWN: _Decision.ValueType  # 4
+    """The call was made without a grant, or its decision is no longer known."""
+
+class Decision(_Decision, metaclass=_DecisionEnumTypeWrapper):
+    """What a decision was, or would have been."""
+
+DECISION_UNSPECIFIED: Decision.ValueType  # 0
+"""Not set."""
+DECISION_AT_ONCE: Decision.ValueType  # 1
+"""Granted at once."""
+DECISION_WAITED: Decision.ValueType  # 2
+"""Granted after a wait."""
+DECISION_DENIED: Decision.ValueType  # 3
+"""Denied. In enforce mode the call was not made."""
+DECISION_UNKNOWN: Decision.ValueType  # 4
+"""The call was made without a grant, or its decision is no longer known."""
+Global___Decision: _TypeAlias = Decision  # noqa: Y015
+
 @_typing.final
 class Ledger(_message.Message):
     """The books of one account."""
@@ -2032,3 +2064,275 @@ class WatchEvent(_message.Message):
     def WhichOneof(self, oneof_group: _WhichOneofArgType_resource) -> _WhichOneofReturnType_resource | None: ...
 
 Global___WatchEvent: _TypeAlias = WatchEvent  # noqa: Y015
+
+@_typing.final
+class GetReportRequest(_message.Message):
+    """Request of GetReport."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    LEDGER_FIELD_NUMBER: _builtins.int
+    POOL_FIELD_NUMBER: _builtins.int
+    TENANT_FIELD_NUMBER: _builtins.int
+    BY_TENANT_FIELD_NUMBER: _builtins.int
+    PAGE_SIZE_FIELD_NUMBER: _builtins.int
+    PAGE_TOKEN_FIELD_NUMBER: _builtins.int
+    ledger: _builtins.str
+    """Name of the ledger. Empty: every ledger."""
+    pool: _builtins.str
+    """Name of the pool. Empty: every pool."""
+    tenant: _builtins.str
+    """Name of the tenant. Empty: every tenant."""
+    by_tenant: _builtins.bool
+    """One report for each tenant, instead of one for all of a pool. Of a pool with more than 500 tenants the later ones share one."""
+    page_size: _builtins.int
+    """The most reports that the answer may have."""
+    page_token: _builtins.str
+    """The page. Empty: the first one."""
+    def __init__(
+        self,
+        *,
+        ledger: _builtins.str = ...,
+        pool: _builtins.str = ...,
+        tenant: _builtins.str = ...,
+        by_tenant: _builtins.bool = ...,
+        page_size: _builtins.int = ...,
+        page_token: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["by_tenant", b"by_tenant", "ledger", b"ledger", "page_size", b"page_size", "page_token", b"page_token", "pool", b"pool", "tenant", b"tenant"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___GetReportRequest: _TypeAlias = GetReportRequest  # noqa: Y015
+
+@_typing.final
+class GetReportResponse(_message.Message):
+    """Answer to GetReport."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    REPORTS_FIELD_NUMBER: _builtins.int
+    NEXT_PAGE_TOKEN_FIELD_NUMBER: _builtins.int
+    next_page_token: _builtins.str
+    """For the next page. Empty: this was the last one."""
+    @_builtins.property
+    def reports(self) -> _containers.RepeatedCompositeFieldContainer[Global___Report]:
+        """The reports. What counted nothing has none."""
+
+    def __init__(
+        self,
+        *,
+        reports: _abc.Iterable[Global___Report] | None = ...,
+        next_page_token: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["next_page_token", b"next_page_token", "reports", b"reports"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___GetReportResponse: _TypeAlias = GetReportResponse  # noqa: Y015
+
+@_typing.final
+class Report(_message.Message):
+    """Decisions of one pool, under one mode, beside what the upstream did."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    LEDGER_FIELD_NUMBER: _builtins.int
+    POOL_FIELD_NUMBER: _builtins.int
+    TENANT_FIELD_NUMBER: _builtins.int
+    OTHER_TENANTS_FIELD_NUMBER: _builtins.int
+    MODE_FIELD_NUMBER: _builtins.int
+    START_TIME_FIELD_NUMBER: _builtins.int
+    DECISIONS_FIELD_NUMBER: _builtins.int
+    DENIALS_FIELD_NUMBER: _builtins.int
+    WAITS_FIELD_NUMBER: _builtins.int
+    ledger: _builtins.str
+    """Name of the ledger."""
+    pool: _builtins.str
+    """Name of the pool."""
+    tenant: _builtins.str
+    """Name of the tenant. Empty: all tenants together; by tenant, calls without one."""
+    other_tenants: _builtins.bool
+    """By tenant: these are the tenants that have no report of their own, together."""
+    mode: _common_pb2.Mode.ValueType
+    """ENFORCE: what was decided. OBSERVE: what would have been. Unspecified: calls of which no decision is known."""
+    @_builtins.property
+    def start_time(self) -> _timestamp_pb2.Timestamp:
+        """When the counting began."""
+
+    @_builtins.property
+    def decisions(self) -> _containers.RepeatedCompositeFieldContainer[Global___DecisionReport]:
+        """One for each decision that was taken."""
+
+    @_builtins.property
+    def denials(self) -> _containers.RepeatedCompositeFieldContainer[Global___DenialReport]:
+        """Why calls were denied, or would have been; the most frequent first."""
+
+    @_builtins.property
+    def waits(self) -> Global___WaitReport:
+        """How long calls waited, or would have. Absent: none did."""
+
+    def __init__(
+        self,
+        *,
+        ledger: _builtins.str = ...,
+        pool: _builtins.str = ...,
+        tenant: _builtins.str = ...,
+        other_tenants: _builtins.bool = ...,
+        mode: _common_pb2.Mode.ValueType = ...,
+        start_time: _timestamp_pb2.Timestamp | None = ...,
+        decisions: _abc.Iterable[Global___DecisionReport] | None = ...,
+        denials: _abc.Iterable[Global___DenialReport] | None = ...,
+        waits: Global___WaitReport | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["start_time", b"start_time", "waits", b"waits"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["decisions", b"decisions", "denials", b"denials", "ledger", b"ledger", "mode", b"mode", "other_tenants", b"other_tenants", "pool", b"pool", "start_time", b"start_time", "tenant", b"tenant", "waits", b"waits"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___Report: _TypeAlias = Report  # noqa: Y015
+
+@_typing.final
+class DecisionReport(_message.Message):
+    """Calls that were decided alike. Those whose outcome has come are in one of the last five."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    DECISION_FIELD_NUMBER: _builtins.int
+    CALLS_FIELD_NUMBER: _builtins.int
+    ACCEPTED_FIELD_NUMBER: _builtins.int
+    REFUSED_FIELD_NUMBER: _builtins.int
+    OVERLOADED_FIELD_NUMBER: _builtins.int
+    FAILED_FIELD_NUMBER: _builtins.int
+    UNKNOWN_FIELD_NUMBER: _builtins.int
+    decision: Global___Decision.ValueType
+    """The decision."""
+    calls: _builtins.int
+    """Calls that were decided so. In enforce mode, a denial counts once whatever its `count`. Unit: calls."""
+    accepted: _builtins.int
+    """The upstream answered, at least in part. Unit: calls."""
+    refused: _builtins.int
+    """The upstream refused: a limit of its rate, or of what may be spent. Unit: calls."""
+    overloaded: _builtins.int
+    """The upstream was overloaded. Unit: calls."""
+    failed: _builtins.int
+    """Any other error. Unit: calls."""
+    unknown: _builtins.int
+    """No response came, or the call was not sent. Unit: calls."""
+    def __init__(
+        self,
+        *,
+        decision: Global___Decision.ValueType = ...,
+        calls: _builtins.int = ...,
+        accepted: _builtins.int = ...,
+        refused: _builtins.int = ...,
+        overloaded: _builtins.int = ...,
+        failed: _builtins.int = ...,
+        unknown: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["accepted", b"accepted", "calls", b"calls", "decision", b"decision", "failed", b"failed", "overloaded", b"overloaded", "refused", b"refused", "unknown", b"unknown"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___DecisionReport: _TypeAlias = DecisionReport  # noqa: Y015
+
+@_typing.final
+class DenialReport(_message.Message):
+    """Calls that were denied, or would have been, for one reason."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    REASON_FIELD_NUMBER: _builtins.int
+    DIMENSION_FIELD_NUMBER: _builtins.int
+    CALLS_FIELD_NUMBER: _builtins.int
+    reason: _common_pb2.DenialReason.ValueType
+    """Why."""
+    dimension: _common_pb2.Dimension.ValueType
+    """The limited quantity that bound. Unspecified: none, or not known."""
+    calls: _builtins.int
+    """Unit: calls."""
+    def __init__(
+        self,
+        *,
+        reason: _common_pb2.DenialReason.ValueType = ...,
+        dimension: _common_pb2.Dimension.ValueType = ...,
+        calls: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["calls", b"calls", "dimension", b"dimension", "reason", b"reason"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___DenialReport: _TypeAlias = DenialReport  # noqa: Y015
+
+@_typing.final
+class WaitReport(_message.Message):
+    """How long calls waited."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    CELLS_FIELD_NUMBER: _builtins.int
+    TOTAL_FIELD_NUMBER: _builtins.int
+    LONGEST_FIELD_NUMBER: _builtins.int
+    @_builtins.property
+    def cells(self) -> _containers.RepeatedCompositeFieldContainer[Global___WaitCell]:
+        """Calls by the length of their wait, shortest first; none that is empty."""
+
+    @_builtins.property
+    def total(self) -> _duration_pb2.Duration:
+        """The sum of all waits."""
+
+    @_builtins.property
+    def longest(self) -> _duration_pb2.Duration:
+        """The longest one."""
+
+    def __init__(
+        self,
+        *,
+        cells: _abc.Iterable[Global___WaitCell] | None = ...,
+        total: _duration_pb2.Duration | None = ...,
+        longest: _duration_pb2.Duration | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["longest", b"longest", "total", b"total"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["cells", b"cells", "longest", b"longest", "total", b"total"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___WaitReport: _TypeAlias = WaitReport  # noqa: Y015
+
+@_typing.final
+class WaitCell(_message.Message):
+    """Calls that waited for about as long."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    UP_TO_FIELD_NUMBER: _builtins.int
+    CALLS_FIELD_NUMBER: _builtins.int
+    calls: _builtins.int
+    """Unit: calls."""
+    @_builtins.property
+    def up_to(self) -> _duration_pb2.Duration:
+        """They waited no longer than this. Absent: longer than all cells before."""
+
+    def __init__(
+        self,
+        *,
+        up_to: _duration_pb2.Duration | None = ...,
+        calls: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["up_to", b"up_to"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["calls", b"calls", "up_to", b"up_to"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___WaitCell: _TypeAlias = WaitCell  # noqa: Y015

@@ -136,6 +136,11 @@ class AdminServiceStub:
                 request_serializer=paceline_dot_v1_dot_admin__pb2.WatchRequest.SerializeToString,
                 response_deserializer=paceline_dot_v1_dot_admin__pb2.WatchResponse.FromString,
                 _registered_method=True)
+        self.GetReport = channel.unary_unary(
+                '/paceline.v1.AdminService/GetReport',
+                request_serializer=paceline_dot_v1_dot_admin__pb2.GetReportRequest.SerializeToString,
+                response_deserializer=paceline_dot_v1_dot_admin__pb2.GetReportResponse.FromString,
+                _registered_method=True)
 
 
 class AdminServiceServicer:
@@ -286,6 +291,15 @@ class AdminServiceServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def GetReport(self, request, context):
+        """Says what was decided, or in observe mode would have been, beside what the upstream then did with the calls. A list with
+        pages, in the order of ledger, pool, tenant and mode. The counts begin at zero when a ledger is loaded; they are not
+        part of its books. Errors: those of the service, NOT_FOUND.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
 
 def add_AdminServiceServicer_to_server(servicer, server):
     rpc_method_handlers = {
@@ -378,6 +392,11 @@ def add_AdminServiceServicer_to_server(servicer, server):
                     servicer.Watch,
                     request_deserializer=paceline_dot_v1_dot_admin__pb2.WatchRequest.FromString,
                     response_serializer=paceline_dot_v1_dot_admin__pb2.WatchResponse.SerializeToString,
+            ),
+            'GetReport': grpc.unary_unary_rpc_method_handler(
+                    servicer.GetReport,
+                    request_deserializer=paceline_dot_v1_dot_admin__pb2.GetReportRequest.FromString,
+                    response_serializer=paceline_dot_v1_dot_admin__pb2.GetReportResponse.SerializeToString,
             ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
@@ -878,6 +897,33 @@ class AdminService:
             '/paceline.v1.AdminService/Watch',
             paceline_dot_v1_dot_admin__pb2.WatchRequest.SerializeToString,
             paceline_dot_v1_dot_admin__pb2.WatchResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def GetReport(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/paceline.v1.AdminService/GetReport',
+            paceline_dot_v1_dot_admin__pb2.GetReportRequest.SerializeToString,
+            paceline_dot_v1_dot_admin__pb2.GetReportResponse.FromString,
             options,
             channel_credentials,
             insecure,

@@ -95,6 +95,11 @@ class AdminServiceStub:
     """Sends the state, then every change of it. After a break, a token resumes it without a new snapshot.
     Errors that end the stream: those of the service, NOT_FOUND, OUT_OF_RANGE (the token is too old: start without one).
     """
+    GetReport: _grpc.UnaryUnaryMultiCallable[_admin_pb2.GetReportRequest, _admin_pb2.GetReportResponse]
+    """Says what was decided, or in observe mode would have been, beside what the upstream then did with the calls. A list with
+    pages, in the order of ledger, pool, tenant and mode. The counts begin at zero when a ledger is loaded; they are not
+    part of its books. Errors: those of the service, NOT_FOUND.
+    """
 
 @_typing.type_check_only
 class AdminServiceAsyncStub(AdminServiceStub):
@@ -162,6 +167,11 @@ class AdminServiceAsyncStub(AdminServiceStub):
     Watch: _aio.UnaryStreamMultiCallable[_admin_pb2.WatchRequest, _admin_pb2.WatchResponse]  # type: ignore[assignment]
     """Sends the state, then every change of it. After a break, a token resumes it without a new snapshot.
     Errors that end the stream: those of the service, NOT_FOUND, OUT_OF_RANGE (the token is too old: start without one).
+    """
+    GetReport: _aio.UnaryUnaryMultiCallable[_admin_pb2.GetReportRequest, _admin_pb2.GetReportResponse]  # type: ignore[assignment]
+    """Says what was decided, or in observe mode would have been, beside what the upstream then did with the calls. A list with
+    pages, in the order of ledger, pool, tenant and mode. The counts begin at zero when a ledger is loaded; they are not
+    part of its books. Errors: those of the service, NOT_FOUND.
     """
 
 class AdminServiceServicer(metaclass=_abc_1.ABCMeta):
@@ -335,6 +345,17 @@ class AdminServiceServicer(metaclass=_abc_1.ABCMeta):
     ) -> _typing.Union[_abc.Iterator[_admin_pb2.WatchResponse], _abc.AsyncIterator[_admin_pb2.WatchResponse]]:
         """Sends the state, then every change of it. After a break, a token resumes it without a new snapshot.
         Errors that end the stream: those of the service, NOT_FOUND, OUT_OF_RANGE (the token is too old: start without one).
+        """
+
+    @_abc_1.abstractmethod
+    def GetReport(
+        self,
+        request: _admin_pb2.GetReportRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_admin_pb2.GetReportResponse, _abc.Awaitable[_admin_pb2.GetReportResponse]]:
+        """Says what was decided, or in observe mode would have been, beside what the upstream then did with the calls. A list with
+        pages, in the order of ledger, pool, tenant and mode. The counts begin at zero when a ledger is loaded; they are not
+        part of its books. Errors: those of the service, NOT_FOUND.
         """
 
 def add_AdminServiceServicer_to_server(servicer: AdminServiceServicer, server: _typing.Union[_grpc.Server, _aio.Server]) -> None: ...

@@ -79,6 +79,7 @@ class ReserveRequest(_message.Message):
     HOLD_FIELD_NUMBER: _builtins.int
     COUNT_FIELD_NUMBER: _builtins.int
     ALLOW_PARTIAL_FIELD_NUMBER: _builtins.int
+    OBSERVE_ONLY_FIELD_NUMBER: _builtins.int
     reservation_id: _builtins.str
     """The caller's UUID for this attempt, in the canonical form of 36 characters. Required. Unique per identity. A retry of the
     same Reserve carries the same id; a new attempt of the API call carries a new one.
@@ -97,6 +98,11 @@ class ReserveRequest(_message.Message):
     """Number of equal calls to reserve at once; the estimate is that of one call. Absent: 1. Zero is invalid. Unit: calls."""
     allow_partial: _builtins.bool
     """With `count` above 1: grant as many calls as fit, at least one, instead of all or none."""
+    observe_only: _builtins.bool
+    """The caller goes ahead whatever the answer is. The call is treated as in observe mode, whatever the mode of the server: granted
+    at once and booked, with `observed_decision`. Only the first candidate counts, with the output that it asks for: it is
+    booked there and judged on it alone.
+    """
     @_builtins.property
     def candidates(self) -> _containers.RepeatedCompositeFieldContainer[Global___Candidate]:
         """Acceptable ways to serve the call, best first. At least one, or `ladder`; not both."""
@@ -132,10 +138,11 @@ class ReserveRequest(_message.Message):
         hold: _duration_pb2.Duration | None = ...,
         count: _builtins.int | None = ...,
         allow_partial: _builtins.bool = ...,
+        observe_only: _builtins.bool = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["_count", b"_count", "count", b"count", "hold", b"hold", "ladder_estimate", b"ladder_estimate", "max_wait", b"max_wait"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_count", b"_count", "allow_partial", b"allow_partial", "candidates", b"candidates", "count", b"count", "hold", b"hold", "ladder", b"ladder", "ladder_estimate", b"ladder_estimate", "max_wait", b"max_wait", "priority", b"priority", "reservation_id", b"reservation_id", "route", b"route", "tenant", b"tenant", "workspace", b"workspace"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_count", b"_count", "allow_partial", b"allow_partial", "candidates", b"candidates", "count", b"count", "hold", b"hold", "ladder", b"ladder", "ladder_estimate", b"ladder_estimate", "max_wait", b"max_wait", "observe_only", b"observe_only", "priority", b"priority", "reservation_id", b"reservation_id", "route", b"route", "tenant", b"tenant", "workspace", b"workspace"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__count: _TypeAlias = _typing.Literal["count"]  # noqa: Y015
     _WhichOneofArgType__count: _TypeAlias = _typing.Literal["_count", b"_count"]  # noqa: Y015
