@@ -126,19 +126,30 @@ class Grant:
 
     # -- during the call ----------------------------------------------------------------------------------------
 
-    def report(self, headers: HeaderSource, status: int = 200) -> None:
-        """The response headers are here. Call it before the body is read: they go to the coordinator at once."""
+    def report(
+        self, headers: HeaderSource | None = None, status: int | None = None, *, usage: Usage | None = None
+    ) -> None:
+        """The response headers are here. Call it before the body is read: they go to the coordinator at once.
+
+        ``usage``: what the beginning of a stream says of it, such as the exact size of the input. It may come with the
+        headers or in a call of its own, after them. ``status`` is 200 unless given, now or before.
+        """
         account = self._account
         if account is None or self._stale:
             return
         hub = account.hub
-        self._header_time = hub.clock()
-        self._status = status
-        self._reported = hub.headers.select(headers)
+        now = hub.clock()
+        chosen: Headers = []
+        if status is not None or self._status is None:
+            self._status = 200 if status is None else status
+        if headers is not None or self._reported is None:
+            self._header_time = now
+            self._reported = chosen = hub.headers.select(headers)
         self._not_sent = False
         if self.local:
             return
-        account.report(self, CallOutcome(None, status), self._reported, self._header_time)
+        observed = CallOutcome(None, self._status, usage=usage, usage_kind="" if usage is None else "partial")
+        account.report(self, observed, chosen, now)
 
     def progress(self, output_tokens: int) -> None:
         """So many tokens have been produced so far, a running total. It goes along with the next renewal."""

@@ -89,6 +89,16 @@ def from_response(response: object) -> CallOutcome:
     )
 
 
+def from_refusal(status: int, headers: HeaderSource | None, body: object) -> CallOutcome:
+    """The outcome of a call that was answered with an error status. ``body``: text, bytes, or parsed."""
+    return CallOutcome(_disposition(status), status, headers, _error(body, status, headers))
+
+
+def read_error(body: object) -> UpstreamError:
+    """The error in an event of a stream that began with success."""
+    return _error(body, 200, None)
+
+
 def from_exception(error: BaseException, *, started: bool) -> CallOutcome:
     """The outcome of a call that raised. ``started``: response headers had come.
 

@@ -1,0 +1,115 @@
+"""What the hooks of one SDK client share: who asks, for whom, and the way to the coordinator."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import TypeVar
+
+from paceline_client._client import AsyncClient, Client
+from paceline_client._errors import PacelineError
+from paceline_client._grant import Grant
+from paceline_client._plan import Ask
+from paceline_client.hooks._call import Attempt
+from paceline_client.hooks._labels import DEFAULT_MAX_WAIT, Labels, current
+from paceline_client.hooks._size import Seen, Size
+from paceline_client.hooks._trouble import trouble
+
+_Either = TypeVar("_Either", Client, AsyncClient)
+
+_seen = Seen()
+"""Of the process: which client sent a prompt makes no difference to the cache upstream."""
+
+
+class Session:
+    """Gets the grants for the attempts of one SDK client."""
+
+    def __init__(
+        self,
+        client: Client | AsyncClient | None,
+        labels: Labels,
+        target: Mapping[str, str],
+        min_output_tokens: int | None,
+    ) -> None:
+        if min_output_tokens is not None and min_output_tokens < 0:
+            raise ValueError("min_output_tokens must not be negative")
+        self.seen = _seen
+        self.min_output_tokens = min_output_tokens
+        self._given = client
+        self._labels = labels
+        self._target = {name: value for name, value in target.items() if value}
+        self._sync = client if isinstance(client, Client) else None
+        self._async = client if isinstance(client, AsyncClient) else None
+
+    @property
+    def client(self) -> Client:
+        """For threads. Made at the first call, so that importing and configuring contact nobody."""
+        if self._sync is None:
+            self._sync = _alike(Client, self._given)
+        return self._sync
+
+    @property
+    def async_client(self) -> AsyncClient:
+        """For asyncio."""
+        if self._async is None:
+            self._async = _alike(AsyncClient, self._given)
+        return self._async
+
+    def begin(self, model: str, size: Size, timeout: float | None) -> Attempt | None:
+        """Wait for the turn of one attempt. ``None``: it goes on without. Raises what a reservation raises."""
+        try:
+            return Attempt(self.client.acquire(**self._ask(model, size, timeout)), size, self.seen)
+        except PacelineError:
+            raise
+        except Exception as error:
+            trouble("a reservation", error)
+            return None
+
+    async def begin_async(self, model: str, size: Size, timeout: float | None) -> Attempt | None:
+        """The same."""
+        try:
+            return Attempt(await self.async_client.acquire(**self._ask(model, size, timeout)), size, self.seen)
+        except PacelineError:
+            raise
+        except Exception as error:
+            trouble("a reservation", error)
+            return None
+
+    def lowered(self, grant: Grant, size: Size) -> int | None:
+        """The bound of the output that the call must carry instead of its own. ``None``: its own stands."""
+        bound, asked = grant.max_output_tokens, size.max_output_tokens
+        return bound if bound is not None and asked is not None and bound < asked else None
+
+    def _ask(self, model: str, size: Size, timeout: float | None) -> Ask:
+        who = current().over(self._labels)
+        wait = DEFAULT_MAX_WAIT if who.max_wait is None else who.max_wait
+        ask = Ask(
+            model=model,
+            input_tokens=size.input_tokens,
+            cached_input_tokens=size.cached_tokens,
+            max_output_tokens=size.max_output_tokens,
+            min_output_tokens=self.min_output_tokens,
+            tenant=who.tenant,
+            workspace=who.workspace,
+            priority=who.priority,
+            route=who.route,
+            max_wait=wait if timeout is None else min(wait, max(0.0, timeout)),
+        )
+        ask.update(self._target)  # type: ignore[typeddict-item]
+        return ask
+
+
+def seconds(timeout: object) -> float | None:
+    """For how long a request may take, as an SDK has it: a number, or an object with a time for reading."""
+    if isinstance(timeout, (int, float)) and not isinstance(timeout, bool):
+        return float(timeout)
+    read = getattr(timeout, "read", None)
+    return float(read) if isinstance(read, (int, float)) else None
+
+
+def _alike(kind: type[_Either], given: Client | AsyncClient | None) -> _Either:
+    """A client of this kind: of the environment, or with all that the given one has, its connection included."""
+    if given is None:
+        return kind()
+    twin = kind.__new__(kind)
+    twin.__dict__.update(given.__dict__)
+    return twin
