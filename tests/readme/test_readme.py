@@ -17,10 +17,13 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
 README = (ROOT / "README.md").read_text()
-BLOCKS = re.findall(r"^```(\w*)\n(.*?)^```$", README, re.MULTILINE | re.DOTALL)
+BLOCKS = re.findall(r"^ *```(\w*)\n(.*?)^ *```$", README, re.MULTILINE | re.DOTALL)
 SHELL = [line.split("  #")[0].strip() for kind, body in BLOCKS if kind == "sh" for line in body.splitlines()]
+HOOK, BLOCK = (body for kind, body in BLOCKS if kind == "python")
 INLINE = re.findall(r"`((?:make|paceline) [^`\n]+)`", README)
 SERVE = ".venv/bin/paceline serve"
+UPSTREAM = ".venv/bin/paceline upstream --port 7180"
+REPORT = ".venv/bin/paceline report"
 GRPCURL = ROOT / "build" / "contract" / "grpcurl"
 
 
@@ -52,23 +55,53 @@ def wait_for_port(port: int, process: subprocess.Popen[bytes]) -> None:
     raise AssertionError("the server does not listen")
 
 
-@pytest.fixture(scope="module")
-def served() -> Iterator[None]:
-    """The README's server, on its own port."""
-    process = subprocess.Popen([*SERVE.split()], cwd=ROOT, stdout=subprocess.DEVNULL)
+def started(command: str, port: int) -> Iterator[None]:
+    """A command of the README that runs until it is stopped."""
+    process = subprocess.Popen([*command.split()], cwd=ROOT, stdout=subprocess.DEVNULL)
     try:
-        wait_for_port(7133, process)
+        wait_for_port(port, process)
         yield
     finally:
         process.send_signal(signal.SIGTERM)
         process.wait(40)
 
 
+@pytest.fixture(scope="module")
+def served() -> Iterator[None]:
+    """The README's server, on its own port."""
+    yield from started(SERVE, 7133)
+
+
+@pytest.fixture(scope="module")
+def simulated() -> Iterator[None]:
+    """The README's upstream, on its own port."""
+    yield from started(UPSTREAM, 7180)
+
+
+def python(lines: str, **environ: str) -> str:
+    """Run lines of Python that may not warn; their output."""
+    done = subprocess.run(
+        [ROOT / ".venv" / "bin" / "python", "-W", "error", "-"],
+        input=lines,
+        env={**os.environ, **environ},
+        capture_output=True,
+        text=True,
+        timeout=30,
+        check=False,
+    )
+    assert (done.returncode, done.stderr) == (0, "")
+    return done.stdout
+
+
 def test_every_command_is_known_here() -> None:
-    assert SHELL[:2] == ["make env", SERVE]
-    assert [line.split()[0] for line in SHELL[2:]] == ["grpcurl", ".venv/bin/paceline"]
+    assert SHELL[:5] == ["make demo", "make test", "make env", SERVE, UPSTREAM]
+    assert [" ".join(line.split()[:2]) for line in SHELL[5:]] == [
+        "grpcurl -plaintext",
+        ".venv/bin/paceline pools",
+        REPORT,
+    ]
     told = {" ".join(line.split()[:2]) for line in INLINE}
-    assert told == {"make demo", "make test", "paceline serve", "paceline config", "paceline pools"}
+    assert told == {"paceline serve", "paceline config"}
 
 
 @pytest.mark.timeout(300)
@@ -79,17 +112,20 @@ def test_the_environment_is_made() -> None:
 @pytest.mark.process
 @pytest.mark.xdist_group("port-7133")
 def test_the_python_lines(served: None) -> None:
-    (lines,) = [body for kind, body in BLOCKS if kind == "python"]
-    assert len(lines.strip().splitlines()) == 5
-    done = subprocess.run(
-        [ROOT / ".venv" / "bin" / "python", "-W", "error", "-"],
-        input=lines + "assert not grant.local, 'no server was asked'\npaceline.close()\n",
-        capture_output=True,
-        text=True,
-        timeout=30,
-        check=False,
-    )
-    assert (done.returncode, done.stderr) == (0, "")
+    assert len(BLOCK.strip().splitlines()) == 5
+    python(BLOCK + "assert not grant.local, 'no server was asked'\npaceline.close()\n")
+
+
+@pytest.mark.process
+@pytest.mark.xdist_group("port-7133")
+def test_the_hook_and_the_report(served: None, simulated: None) -> None:
+    assert len(HOOK.strip().splitlines()) == 5
+    (address,) = re.findall(r"ANTHROPIC_BASE_URL=(\S+)", README)
+    upstream = {"ANTHROPIC_BASE_URL": address, "ANTHROPIC_API_KEY": "any"}
+    assert "output_tokens=" in python(HOOK, **upstream)
+    assert "output_tokens=" in python(HOOK, **upstream, PACELINE_MODE="observe")
+    modes = {row["mode"] for row in json.loads(run(f"{REPORT} --tenant search --json"))}
+    assert modes == {"MODE_ENFORCE", "MODE_OBSERVE"}
 
 
 @pytest.mark.process
@@ -104,9 +140,9 @@ def test_the_grpcurl_line_and_the_pools(served: None) -> None:
             380,
             ROOT / "tests/contract/go",
         )
-    answer = json.loads(run(SHELL[2], 30))
+    answer = json.loads(run(SHELL[5], 30))
     assert answer["grant"]["pool"] == "anthropic/default/sonnet-5"
-    assert "sonnet-5" in run(SHELL[3], 30, COLUMNS="200")
+    assert "sonnet-5" in run(SHELL[6], 30, COLUMNS="200")
 
 
 @pytest.mark.process
