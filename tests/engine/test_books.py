@@ -557,7 +557,6 @@ QueueTest = QueueMachine.TestCase
 QueueTest.settings = settings(max_examples=100 * tally.SCALE, stateful_step_count=50)
 
 
-@pytest.mark.xfail(reason="retry_after is the wait of the dimension with the largest hope, not the largest wait")
 def test_who_comes_back_when_told_is_served() -> None:
     """Calls in flight have no end that can be told: a denial that also waits for one of them must not name a time."""
     profile = Profile("one", (Rule(Dimension.INPUT_TOKENS, hold_input=1000, settle_input=1000), GAUGE))

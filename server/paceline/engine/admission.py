@@ -88,5 +88,9 @@ def judge(bucket: Bucket, hold: int, count: int, ahead: int, now: int) -> Verdic
 
 
 def worst(verdicts: Sequence[Verdict]) -> Verdict:
-    """The verdict that binds: a final one, else the longest wait."""
-    return max(verdicts, key=lambda verdict: verdict.severity, default=NOW)
+    """The verdict that binds: a final one, else the one with the longest hope. It waits as long as the longest wait."""
+    binding = max(verdicts, key=lambda verdict: verdict.severity, default=NOW)
+    waits = [verdict.wait_us for verdict in verdicts]
+    known = [wait for wait in waits if wait is not None]
+    wait = max(known, default=0) if len(known) == len(waits) else None
+    return binding if wait == binding.wait_us else msgspec.structs.replace(binding, wait_us=wait)
