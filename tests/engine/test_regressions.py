@@ -10,7 +10,7 @@ from paceline.engine.accounting import Estimate, Prices, Profile, Rule, Usage, U
 from paceline.engine.answers import Answer, Committed, Denied, Granted, Reason, Released
 from paceline.engine.calendar import next_month
 from paceline.engine.dimensions import SECOND_US, Dimension, Limit, Window
-from paceline.engine.engine import Engine
+from paceline.engine.engine import Caps, Engine
 from paceline.engine.keys import child_keys
 from paceline.engine.operations import (
     Candidate,
@@ -105,6 +105,52 @@ def test_input_that_turns_out_smaller_gives_back_no_second_twice() -> None:
     # What it holds now is what its end is measured against.
     bench.do(commit(1, 5))
     assert bench.level() == 70
+
+
+@case
+def test_a_bulk_call_near_the_burst_passes_when_the_bucket_is_full() -> None:
+    bench = Bench(amount=6_000, burst=6_000)
+    seen = Observation((Reading(Dimension.INPUT_TOKENS, 6_000, 6_000, 100),))
+    bench.do(reserve(1, 10))
+    bench.do(Renew(key(1), observation=seen))
+    bench.do(commit(1, 10))
+    assert not bench.do(reserve(2, 595, wait=300, count=10))
+    # A margin is kept beside what is held, but it makes no call impossible.
+    bench.later(30)
+    assert len(bench.engine.state.open) == 10
+
+
+@case
+def test_a_full_ledger_does_not_ask_to_be_woken_for_what_only_an_end_can_give() -> None:
+    bench = Bench()
+    bench.engine = Engine("main", caps=Caps(open=2))
+    bench.do(DefinePool("pool", PROFILE, (Limit(Dimension.INPUT_TOKENS, Window.MINUTE, 60, 100),)))
+    bench.do(reserve(1, 60))
+    assert not bench.do(reserve(2, 90, wait=200))
+    assert isinstance(bench.do(reserve(3, 10, priority=Priority.INTERACTIVE))[0], Granted)
+    bench.later(60)
+    # There is room in the bucket for the one that waits, but none in the ledger: its deadline is what comes next.
+    assert bench.level() >= 90
+    assert bench.engine.step(bench.now, []).wake_at == START + 200 * SECOND_US
+    bench.do(commit(3, 10))
+    assert key(2) in bench.engine.state.open
+
+
+@case
+def test_what_a_stream_says_at_its_beginning_is_not_its_output() -> None:
+    rules = (PROFILE.rules[0], Rule(Dimension.OUTPUT_TOKENS, hold_output=1_000, settle_output=1_000))
+    bench = Bench()
+    limits = tuple(Limit(rule.dimension, Window.MINUTE, 60, 1_000) for rule in rules)
+    bench.do(DefinePool("pool", Profile("both", rules), limits))
+    candidate = Candidate("pool", (), Estimate(input_tokens=50, output_tokens=30))
+    bench.do(Reserve(key(1), (candidate,), hold_us=10 * SECOND_US))
+    bench.do(Renew(key(1), usage=Usage(input_tokens=40, output_tokens=1)))
+    before = bench.level(Dimension.OUTPUT_TOKENS)
+    bench.later(10)
+    # It never said more: what it may have produced stays charged, as estimated.
+    (ended,) = bench.engine.state.ended.values()
+    assert ended.charges[:2] == (40, 30)
+    assert bench.level(Dimension.OUTPUT_TOKENS) == before + 10
 
 
 @case

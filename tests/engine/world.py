@@ -281,7 +281,7 @@ class World:
             address, limit = address_of(bucket), (bucket.amount, bucket.burst, bucket.window)
             if address not in before:
                 assert bucket.adjusted == 0
-                # Those of shares begin full. Their sums need not say so: a hold that grew and came back at once forfeits.
+                # Those of shares begin full, though their sums need not say so: a hold that grows and ends forfeits.
                 start = bucket.burst if bucket.share else bucket.level + bucket.charged
                 assert 0 <= start <= bucket.burst
                 self.books.create(address, self.now, start, limit)
@@ -457,7 +457,8 @@ class World:
         assert isinstance(answer, Granted)
         known = self.grants.get(op.key)
         if known is not None and not self._remembered(op.key) and self._is_new(answer):
-            self._archive(known.answer.keys)
+            # After a bulk grant's, its own key too: a Commit of another ledger's call may have been booked under it.
+            self._archive(tuple({*known.answer.keys, *({op.key} & self.books.calls.keys())}))
         elif known is not None:
             same = known.answer
             if self._partly_forgotten(same.keys):
@@ -725,12 +726,14 @@ class World:
         assert not answer.ended
         ends = [max(call.expires_at, self.now + (op.hold_us or 0)) for call in calls]
         assert self.now + answer.expires_in_us in ends, "not the expiry that was asked for"
+        if known is not None and known.op.count > 1 and op.key == known.op.key:
+            # What one response has counted is not that of each call of a bulk grant.
+            op = msgspec.structs.replace(op, usage=None)
         for call, end in zip(calls, ends, strict=True):
             call.expires_at = end
             if op.output_tokens is not None:
                 call.output_so_far = max(op.output_tokens, call.output_so_far or 0)
             if op.usage is not None:
-                call.output_so_far = max(op.usage.output_tokens, call.output_so_far or 0)
                 call.sizes = msgspec.structs.replace(
                     call.sizes,
                     input_tokens=op.usage.input_tokens + op.usage.cache_write_tokens,

@@ -86,12 +86,17 @@ class Decider:
 class Machine:
     """Of :class:`Decider`."""
 
+    form = 7
+
     def __init__(self) -> None:
         self.steps: list[tuple[int, list[str]]] = []
         self.seen: set[str] = set()
         self.fails_idle = 0
         self.encode: Callable[[Sequence[Any]], bytes] = msgspec.msgpack.Encoder().encode
         self.decode: Callable[[bytes], list[Any]] = msgspec.msgpack.Decoder(list[Any]).decode
+
+    def form_of(self, chunk: bytes, /) -> int:
+        return self.form
 
     def empty(self, ledger: str) -> Books:
         return Books()

@@ -54,7 +54,8 @@ def room(buckets: Sequence[Bucket], numbers: tuple[int, ...], holds: tuple[int, 
         if hold:
             bucket = buckets[number]
             level = bucket.level + bucket.refill(now)[0]
-            count = max(0, level - bucket.margin(hold)) // hold or int(level >= bucket.need(hold))
+            free = level if level >= bucket.burst else level - bucket.margin(hold)
+            count = max(0, free) // hold or int(level >= bucket.need(hold))
             most = count if most is None else min(most, count)
     return most
 

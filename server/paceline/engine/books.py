@@ -79,15 +79,15 @@ class Books:
         bucket = self.state.buckets[number]
         if bucket.at < self.now:
             refilled, carry = bucket.refill(self.now)
-            if bucket.is_read:
-                trail = self.trail(number)
+            trail = self._trails.get(number)
+            if trail is not None:
                 trail.note(bucket.at, bucket.level - bucket.adjusted)
                 trail.note(self.now, bucket.level + refilled - bucket.adjusted)
             self.emit(ev.Advanced(number, refilled, carry, bucket.lost(self.now, refilled)))
         return bucket
 
     def trail(self, number: int) -> Trail:
-        """Where the level of a bucket was. Soft: it begins anew with every process."""
+        """Where the level of a bucket was, since this was first asked. Soft: it begins anew with every process."""
         trail = self._trails.get(number)
         if trail is None:
             trail = self._trails[number] = Trail()

@@ -9,7 +9,7 @@ How calls are judged that are only observed, :mod:`~paceline.engine.shadow` says
 from __future__ import annotations
 
 from bisect import bisect_left
-from collections import Counter
+from collections import Counter, OrderedDict
 from collections.abc import Iterator, Sequence
 from enum import IntEnum
 from typing import Final
@@ -104,7 +104,8 @@ class Hindsight:
         """Ledger time of the first step that counted."""
         self._rows: dict[tuple[str, str | None, Mode | None], Row] = {}
         self._tenants: dict[str, set[str]] = {}
-        self._decisions: dict[str, _Decision] = {}
+        # Not a dict: the first of one is looked for anew each time, past all that were taken out.
+        self._decisions: OrderedDict[str, _Decision] = OrderedDict()
         self.shadow = Shadow()
 
     def begin(self, buckets: Sequence[Bucket], now: int) -> None:
@@ -154,7 +155,7 @@ class Hindsight:
             else:
                 self._decisions[key] = row.plain[fate]
         while len(self._decisions) > MAX_DECISIONS:
-            del self._decisions[next(iter(self._decisions))]
+            self._decisions.popitem(last=False)
 
     def denied(self, pool: str, tenant: str, reason: Reason, binding: Dimension | None) -> None:
         """A Reserve was denied in earnest."""

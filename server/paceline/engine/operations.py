@@ -161,7 +161,7 @@ class Release(msgspec.Struct, frozen=True, tag=True, gc=False):
 class Renew(msgspec.Struct, frozen=True, tag=True, gc=False):
     """The call goes on: a new expiry (``None`` keeps it), output so far, an early observation.
 
-    ``usage`` is what the response has said of its input, so far or for good; its output counts as output so far.
+    ``usage`` is what the response has said of its input. Its output says nothing of what is to come, and is ignored.
     """
 
     key: str

@@ -414,6 +414,9 @@ class Reserving:
         for line in self.waiting.lines.values():
             claimed: set[int] = set()
             for waiter, head in line.heads():
+                if len(self._books.state.open) + waiter.operation.count > self._books.caps.open:
+                    # Not a matter of time: the next call that ends brings a step of its own.
+                    break
                 options = _in_lane_of(waiter, head)
                 turns = [self._turn(waiter, option) for option in options if not _touches(option, claimed)]
                 times += [turn for turn in turns if turn is not None]

@@ -427,8 +427,6 @@ class Settling:
         expires_at = reservation.expires_at
         if operation.hold_us is not None:
             expires_at = max(expires_at, books.now + operation.hold_us)
-        if operation.usage is not None:
-            output = max(output or 0, operation.usage.output_tokens)
         sizes, holds, overs = self._resized(reservation, output, operation.usage)
         shrunk = any(hold < before for hold, before in zip(holds, reservation.holds, strict=True))
         now_known = (expires_at, output, sizes, holds)
@@ -454,7 +452,7 @@ class Settling:
         ended = state.ended.get(operation.key)
         if ended is not None and ended.kind is EndKind.TOGETHER:
             still_open = [child for child in ended.keys if child in state.open]
-            answers = [self.renew(msgspec.structs.replace(operation, key=child)) for child in still_open]
+            answers = [self.renew(msgspec.structs.replace(operation, key=child, usage=None)) for child in still_open]
             return answers[0] if answers else an.Renewed(ended=True)
         if ended is not None:
             call = Call(ended.granted_at, ended.buckets, ended.charges)

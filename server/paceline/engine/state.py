@@ -21,8 +21,9 @@ from paceline.engine.dimensions import Dimension, Limit, Window
 from paceline.engine.operations import Mode, Priority
 
 CHUNK_ENTRIES = 1_000
-FORMAT = 1
-"""Version of the snapshot's form."""
+FORMAT = 2
+"""Version of the snapshot's form. One that only adds fields with defaults reads the one before."""
+OLDEST_FORMAT = 1
 
 
 class Reservation(msgspec.Struct, frozen=True, array_like=True, gc=False):
@@ -207,14 +208,19 @@ class State:
         for start in range(0, len(ended), CHUNK_ENTRIES):
             yield _encode(EndedChunk(ended[start : start + CHUNK_ENTRIES]))
 
+    @staticmethod
+    def format_of(first: Chunk) -> int:
+        """The format of a dump, by its first chunk. Raises :class:`msgspec.ValidationError`."""
+        return _decode_head(first).format
+
     @classmethod
     def restore(cls, chunks: Iterable[Chunk]) -> State:
         """The inverse of :meth:`dump`. Raises :class:`FoldError` on damage or an unknown format."""
         try:
             source = iter(chunks)
             head = _decode_head(next(source))
-            if head.format != FORMAT:
-                raise FoldError(f"snapshot has format {head.format}, this version reads {FORMAT}")
+            if not OLDEST_FORMAT <= head.format <= FORMAT:
+                raise FoldError(f"snapshot has format {head.format}, this version reads {OLDEST_FORMAT} to {FORMAT}")
             state = cls(head.ledger)
             state.at, state.ordinal, state.horizon = head.at, head.ordinal, head.horizon
             state.buckets = head.buckets

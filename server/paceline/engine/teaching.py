@@ -178,11 +178,13 @@ class Teacher:
             own = 0
         elif bucket.dimension is not Dimension.REQUESTS:
             own = own * WEIGHT_ONE // pool.profile.estimate_slack
+        standing = bucket.constraint
         if bucket.dimension is not Dimension.OUTPUT_TOKENS:
-            self._follow(number, bucket, low, high, since, until)
+            # What an older reading has seen free, others may have taken since.
+            newest = standing is None or until >= standing.until
+            self._follow(number, bucket, low if newest else None, high, since, until)
         newest_first = reversed(self._state.open_in[pool.name].values())
         constraint = reconcile.constrain(bucket, low, high, since, until, own, newest_first, number, rounding)
-        standing = bucket.constraint
         if constraint is None:
             pass
         elif standing is None or until >= standing.until:
@@ -198,13 +200,13 @@ class Teacher:
         trail.note(bucket.at, bucket.level - bucket.adjusted)
         if high is not None:
             span = trail.between(since, until)
-            if span is not None and high < span[0] + bucket.adjusted:
-                self._adjust(number, high - span[0] - bucket.adjusted)
+            if span is not None and high < span.least + bucket.adjusted:
+                self._adjust(number, high - span.least - bucket.adjusted)
                 return
         if low is not None and not bucket.override:
             span = trail.between(since - UNSEEN_US, until)
-            if span is not None and low > span[1] + bucket.adjusted:
-                raised = min(bucket.burst, bucket.level + low - span[1] - bucket.adjusted)
+            if span is not None and low > span.most + bucket.adjusted:
+                raised = min(bucket.burst, bucket.level + low - span.most - bucket.adjusted)
                 self._adjust(number, max(0, raised - bucket.level))
 
     def _correct(self, number: int, bucket: Bucket, now: int) -> None:

@@ -14,49 +14,77 @@ Only for dimensions that are charged when a call starts: our level is net of wha
 from __future__ import annotations
 
 from collections import deque
+from typing import NamedTuple
 
-SLOT_US = 50_000
-"""Levels are kept as the least and the most of a slot."""
-MAX_SLOTS = 600
-"""Half a minute of them, if there is something in each: about 60 kB. A reading that is older is compared with none."""
+FINE_US = 50_000
+COARSE_US = 1_000_000
+"""Levels are kept as the least and the most of a slot: fine ones for calls answered soon, coarse ones for others."""
+FINE_SLOTS = 60
+COARSE_SLOTS = 60
+"""A minute: about 15 kB for a limit. A reading that is older is compared with none."""
 UNSEEN_US = 500_000
 """A call may take so long from its grant to the upstream: for a while our level is below what is read."""
 
 
-class Trail:
-    """The levels of one bucket, each less what its corrections were at that time."""
+class Span(NamedTuple):
+    """Between what our level was, each less what its corrections were at that time."""
 
-    __slots__ = ("_slots",)
+    least: int
+    most: int
 
-    def __init__(self) -> None:
-        self._slots: deque[tuple[int, int, int]] = deque(maxlen=MAX_SLOTS)
+
+class _Slots:
+    """The newest slots of one length, oldest first: (number, least, most)."""
+
+    __slots__ = ("_kept", "_length")
+
+    def __init__(self, length: int, count: int) -> None:
+        self._length = length
+        self._kept: deque[tuple[int, int, int]] = deque(maxlen=count)
 
     def note(self, at: int, level: int) -> None:
-        """The level (net of all corrections until then) was ``level`` at ``at``, no earlier than what was noted."""
-        slots, slot = self._slots, at // SLOT_US
-        if slots and slots[-1][0] >= slot:
-            last, least, most = slots[-1]
-            if not least <= level <= most:
-                slots[-1] = (last, min(least, level), max(most, level))
+        kept, slot = self._kept, at // self._length
+        if kept and kept[-1][0] >= slot:
+            last, least, most = kept[-1]
+            if level < least:
+                kept[-1] = (last, level, most)
+            elif level > most:
+                kept[-1] = (last, least, level)
         else:
-            slots.append((slot, level, level))
+            kept.append((slot, level, level))
 
-    def between(self, since: int, until: int) -> tuple[int, int] | None:
-        """The least and the most of the levels from ``since`` to ``until``; ``None``: not known.
+    def between(self, since: int, until: int) -> Span | None:
+        """What was noted from ``since`` to ``until``, and in the slots beside: between two notes a level only rises.
 
-        The neighbours of the span count as well, because between two of them the level only rises.
+        ``None``: it is forgotten, or was never known.
         """
-        first, last = since // SLOT_US, until // SLOT_US
-        slots = self._slots
-        if not slots or slots[0][0] > first:
+        first, last = since // self._length, until // self._length + 1
+        kept = self._kept
+        if not kept or kept[0][0] > first:
             return None
-        least: int | None = None
-        most: int | None = None
-        for slot, low, high in reversed(slots):
-            if slot > last + 1:
-                continue
-            least = low if least is None else min(least, low)
-            most = high if most is None else max(most, high)
-            if slot < first:
-                break
-        return None if least is None or most is None else (least, most)
+        found: Span | None = None
+        for slot, low, high in reversed(kept):
+            if slot <= last:
+                found = Span(low, high) if found is None else Span(min(low, found.least), max(high, found.most))
+                if slot < first:
+                    break
+        return found
+
+
+class Trail:
+    """The levels of one limit over the last minute."""
+
+    __slots__ = ("_coarse", "_fine")
+
+    def __init__(self) -> None:
+        self._fine = _Slots(FINE_US, FINE_SLOTS)
+        self._coarse = _Slots(COARSE_US, COARSE_SLOTS)
+
+    def note(self, at: int, level: int) -> None:
+        """The level, less all corrections until then, was ``level`` at ``at``, no earlier than what was noted."""
+        self._fine.note(at, level)
+        self._coarse.note(at, level)
+
+    def between(self, since: int, until: int) -> Span | None:
+        """The least and the most of the levels from ``since`` to ``until``; ``None``: not known."""
+        return self._fine.between(since, until) or self._coarse.between(since, until)

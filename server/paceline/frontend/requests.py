@@ -369,9 +369,7 @@ class Requests:
         output = _optional_output(message, "output_tokens")
         observation = usage = None
         if message.HasField("observation"):
-            observation, usage, produced = self._early(message.observation, caller, recall, key, context)
-            if output is None:
-                output = produced
+            observation, usage = self._early(message.observation, caller, recall, key, context)
         return Renew(key, context, hold, output, observation, usage)
 
     def observe(self, message: pb.ObserveRequest, caller: Caller) -> tuple[Observe, Destination]:
@@ -441,20 +439,21 @@ class Requests:
 
     def _early(
         self, message: pb.Outcome, caller: Caller, recall: Recall, key: str, context: Context | None
-    ) -> tuple[Observation | None, Usage | None, int | None]:
-        """What Renew reports of a call in progress: what it says of its input, and the output so far."""
+    ) -> tuple[Observation | None, Usage | None]:
+        """What Renew reports of a call in progress, and what that says of its input.
+
+        The output of a usage is not output so far: a stream begins by naming one token, whatever will come.
+        """
         path = "observation"
         number = message.disposition
         if number and number not in _DISPOSITIONS:
             raise invalid(path + ".disposition", "is not known: leave it unspecified while the call is in progress")
-        output: int | None = None
         known: Usage | None = None
         if message.HasField("usage"):
             usage, unknown = self._usage(message.usage, path + ".usage", None)
-            output = _optional_output(message.usage, path + ".usage.output_tokens")
             if "input_tokens" not in unknown:
-                known = Usage(1, usage.input_tokens, usage.cache_read_tokens, usage.cache_write_tokens, output or 0)
-        return self._observation(message, path, caller, recall, key, context), known, output
+                known = Usage(1, usage.input_tokens, usage.cache_read_tokens, usage.cache_write_tokens)
+        return self._observation(message, path, caller, recall, key, context), known
 
     def _observation(
         self,
@@ -580,7 +579,7 @@ def _over(given: Estimate, known: Estimate) -> Estimate:
     )
 
 
-def _optional_output(message: pb.RenewRequest | pb.Usage, path: str) -> int | None:
+def _optional_output(message: pb.RenewRequest, path: str) -> int | None:
     value = message.output_tokens
     if not 0 <= value <= MAX_TOKENS:
         raise _range(path, value, MAX_TOKENS)

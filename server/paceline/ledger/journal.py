@@ -118,7 +118,8 @@ class Mark(msgspec.Struct, frozen=True, gc=False):
     """What the books were at a record: ``hash`` is the record's, ``digest`` the SHA-256 over the dumped
     state.
 
-    A snapshot has one, and now and then one is written alone, for replay to be checked against.
+    A snapshot has one, and now and then one is written alone, for replay to be checked against; its last bytes tell the
+    form of the dump.
     """
 
     seq: int

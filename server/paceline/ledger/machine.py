@@ -9,7 +9,7 @@ from paceline.engine import events
 from paceline.engine.answers import Answer
 from paceline.engine.engine import Caps, Engine
 from paceline.engine.operations import Operation
-from paceline.engine.state import State
+from paceline.engine.state import FORMAT, State
 
 
 class Books(Protocol):
@@ -46,6 +46,15 @@ class Decider(Protocol):
 class Machine(Protocol):
     """Makes books and deciders, and knows the journal's form of events."""
 
+    @property
+    def form(self) -> int:
+        """The version of what :meth:`Books.dump` gives. Dumps of two versions cannot be compared."""
+        ...
+
+    def form_of(self, chunk: bytes, /) -> int:
+        """The version of a dump, by its first chunk; raises if that cannot be."""
+        ...
+
     def empty(self, ledger: str) -> Books: ...
     def restore(self, ledger: str, chunks: Iterable[bytes]) -> Books:
         """Books from what :meth:`Books.dump` gave; raises if that cannot be."""
@@ -67,6 +76,13 @@ class EngineMachine:
         self._unseen_us = unseen_us
         self.encode = events.encode
         self.decode = events.decode
+
+    @property
+    def form(self) -> int:
+        return FORMAT
+
+    def form_of(self, chunk: bytes, /) -> int:
+        return State.format_of(chunk)
 
     def empty(self, ledger: str) -> State:
         return State(ledger)

@@ -477,8 +477,9 @@ class RenewRequest(_message.Message):
 
     @_builtins.property
     def observation(self) -> _outcome_pb2.Outcome:
-        """An early observation: status and headers as soon as they arrive. `disposition` stays unspecified, usage is partial.
-        Absent: nothing new.
+        """An early observation: status and headers as soon as they arrive. `disposition` stays unspecified. Its usage may say what
+        the upstream has counted of the input: what is held becomes exactly that. Its output is ignored, see `output_tokens`.
+        Not for a bulk grant as a whole. Absent: nothing new.
         """
 
     def __init__(
