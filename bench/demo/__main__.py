@@ -1,10 +1,16 @@
 """``python -m bench.demo``: the same fleet on the same limit, in three modes.
 
 Chat services that together want less than half of the limit, with bursts above it, and batch jobs on the same key that
-always have work; all with the official ``anthropic`` SDK and one deadline per call. First alone with the SDK's retries
+always have work; all with the official ``anthropic`` SDK and one deadline per call. A chat call that is lost is gone; a
+batch worker counts it as lost, and offers the same item again until it is answered. First alone with the SDK's retries
 as shipped, then retrying until the deadline, then through Paceline. What was accepted and refused is counted at the
-simulated upstream, waits and losses at the callers. Exit status: 0 when all modes ran, 1 when something failed; a run
-on a machine that was too busy is reported as not valid.
+simulated upstream, waits and losses at the callers.
+
+The modes run once each, one after the other with the same seed, on one machine: they do not alternate, because real
+SDKs sleep in real seconds. Run it again for another seed.
+
+Exit status: 0 when all modes ran, 1 when something failed; a run on a machine that was too busy is reported as not
+valid.
 """
 
 from __future__ import annotations

@@ -15,6 +15,7 @@ from bench.demo.measures import (
     fair_shares,
     fairness,
     first_attempt,
+    least_served,
     lost,
     refused_per_1000,
     used,
@@ -24,7 +25,12 @@ from bench.fleet.plan import Record
 
 
 class Figures(msgspec.Struct, frozen=True, kw_only=True):
-    """One mode. The first ten are the measures; shares are parts of one, waits in seconds."""
+    """One mode. The first ten are the measures; shares are parts of one, waits in seconds.
+
+    The number of batch calls offered is made by the mode: a batch worker offers its item again until it is answered.
+    So ``lost_batch``, and ``first_attempt`` as far as it is of batch, compare how calls fared, not how much work was
+    done: that is ``answered_batch`` and ``answered_batch_tokens``.
+    """
 
     limit_used: float
     accepted: int
@@ -44,6 +50,8 @@ class Figures(msgspec.Struct, frozen=True, kw_only=True):
     lost_batch_calls: int
     answered_interactive: int
     answered_batch: int
+    answered_batch_tokens: int
+    """Input and output of the answered batch calls that were offered in the window."""
     first_attempt_interactive: float
     first_attempt_batch: float
     wait_batch_p50_s: float | None
@@ -60,6 +68,9 @@ class Figures(msgspec.Struct, frozen=True, kw_only=True):
     """Class → fate → calls."""
     tenants: dict[str, dict[str, float]]
     """Tenant → offered, lost, served and fair dominant share."""
+    least_served: float | None
+    """The least of served ÷ fair share over all tenants, and whose it is."""
+    least_served_tenant: str
     sdk_own_s: float
     """Median of the time that the SDK itself takes before it sends, subtracted from each wait."""
     window_s: float
@@ -105,6 +116,8 @@ def figures(
     demands = {tenant: amount if tenant in interactive else endless(amount, budget) for tenant, amount in asked.items()}
     service = {tenant: _sum([each for each in accepted if each.tenant == tenant], rate) for tenant in asked}
     fair = fair_shares(demands, budget)
+    shares = {tenant: dominant_share(amount, budget) for tenant, amount in service.items()}
+    least, least_part = least_served(shares, fair) or ("", None)
     return Figures(
         limit_used=part,
         accepted=len(accepted),
@@ -123,6 +136,7 @@ def figures(
         lost_batch_calls=sum(not each.answered for each in jobs),
         answered_interactive=sum(each.answered for each in chats),
         answered_batch=sum(each.answered for each in jobs),
+        answered_batch_tokens=sum(each.input_tokens + each.output_tokens for each in jobs if each.answered),
         first_attempt_interactive=first_attempt(chats),
         first_attempt_batch=first_attempt(jobs),
         wait_batch_p50_s=job_wait.p50,
@@ -140,11 +154,13 @@ def figures(
             tenant: {
                 "offered": sum(each.tenant == tenant for each in records),
                 "lost": sum(each.tenant == tenant and not each.answered for each in records),
-                "served_share": dominant_share(service[tenant], budget),
+                "served_share": shares[tenant],
                 "fair_share": fair[tenant],
             }
             for tenant in asked
         },
+        least_served=least_part,
+        least_served_tenant=least,
         sdk_own_s=own_s,
         window_s=seconds,
         timeline=_timeline(inside, start.now_us, seconds, binding, interactive) | _wanted(chats, seconds, binding),

@@ -49,7 +49,8 @@ def refused_per_1000(refused: int, accepted: int) -> float | None:
 
 
 def lost(records: Collection[Record]) -> float:
-    """The part of the offered calls that has no answer within its deadline."""
+    """The part of the offered calls that has no answer within its deadline. A lost item that is offered again is a new
+    call."""
     return sum(not each.answered for each in records) / len(records) if records else 0.0
 
 
@@ -122,6 +123,16 @@ def endless(sample: Mapping[str, float], capacity: Mapping[str, float]) -> dict[
 def dominant_share(service: Mapping[str, float], capacity: Mapping[str, float]) -> float:
     """The largest part of a dimension that the service took."""
     return max((amount / capacity[each] for each, amount in service.items()), default=0.0)
+
+
+def least_served(served: Mapping[str, float], fair: Mapping[str, float]) -> tuple[str, float] | None:
+    """The tenant with the least service ÷ fair share, and that ratio; ``None`` when nobody is entitled to anything.
+
+    Over all tenants: Jain's index leaves out those that asked for no more than their share, and they are the ones who
+    lose when others crowd them out.
+    """
+    ratios = {tenant: served.get(tenant, 0.0) / share for tenant, share in fair.items() if share > 0}
+    return min(ratios.items(), key=lambda each: each[1]) if ratios else None
 
 
 def jain(values: Sequence[float]) -> float | None:

@@ -62,10 +62,13 @@ class _Row(NamedTuple):
 _ROWS = (
     _Row("chat calls lost", lambda f: f.lost_interactive, lambda f: percent(f.lost_interactive),
          lambda f: f.lost_interactive < 0.001, None),
-    _Row("chat calls wait, p99", lambda f: f.wait_interactive_p99_s or 0.0, lambda f: seconds(f.wait_interactive_p99_s),
+    _Row("chat wait p99, answered calls", lambda f: f.wait_interactive_p99_s or 0.0,
+         lambda f: seconds(f.wait_interactive_p99_s),
          lambda f: f.wait_interactive_p99_s is not None and f.wait_interactive_p99_s <= 2.0, None),
     _Row("refused (429) per 1,000 accepted", lambda f: f.refused_per_1000 or 0.0,
-         lambda f: _amount(f.refused_per_1000), lambda f: (f.refused_per_1000 or 0.0) <= 2.0, None),
+         lambda f: _amount(f.refused_per_1000),
+         # Without any accepted call there is no ratio, and nothing to be pleased with.
+         lambda f: f.refused_per_1000 is not None and f.refused_per_1000 <= 2.0, None),
     _Row("limit used", lambda f: f.limit_used, lambda f: percent(f.limit_used), lambda f: f.limit_used >= 0.95, 1.0),
 )  # fmt: skip
 

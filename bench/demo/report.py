@@ -76,23 +76,37 @@ _ROWS: tuple[tuple[str, Callable[[Figures], str]], ...] = (
     ("limit used", lambda each: percent(each.limit_used)),
     ("calls accepted", lambda each: f"{each.accepted:,}"),
     ("refused (429)", lambda each: f"{each.refused:,}"),
-    ("refused per 1,000", lambda each: f"{each.refused_per_1000 or 0:,.1f}"),
+    ("refused per 1,000", lambda each: "–" if each.refused_per_1000 is None else f"{each.refused_per_1000:,.1f}"),
     ("first attempt", lambda each: percent(each.first_attempt)),
+    ("chat: first attempt", lambda each: percent(each.first_attempt_interactive)),
     (
         "chat calls lost",
         lambda each: _lost(each.lost_interactive, each.lost_interactive_calls, each.offered_interactive),
     ),
     ("batch calls lost", lambda each: _lost(each.lost_batch, each.lost_batch_calls, each.offered_batch)),
+    # Millions of tokens.
+    ("batch answered (tokens)", lambda each: f"{each.answered_batch:,} ({each.answered_batch_tokens / 1e6:.2f} M)"),
     ("chat wait, median", lambda each: seconds(each.wait_interactive_p50_s)),
     ("chat wait, p99", lambda each: seconds(each.wait_interactive_p99_s)),
     ("batch wait, median", lambda each: seconds(each.wait_batch_p50_s)),
-    ("fairness (Jain)", lambda each: "–" if each.jain is None else f"{each.jain:.3f}"),
+    ("Jain's index", lambda each: "–" if each.jain is None else f"{each.jain:.3f}"),
+    (
+        "least served ÷ fair share",
+        lambda each: "–" if each.least_served is None else f"{each.least_served:.2f} ({each.least_served_tenant})",
+    ),
     ("busiest core", lambda each: percent(each.busiest_core)),
 )
 
 
 def _lost(part: float, lost: int, offered: int) -> str:
     return f"{part:.1%} ({lost:,}/{offered:,})"
+
+
+def _binding(results: Results) -> str:
+    names = {mode: each.binding_dimension.replace("_", " ") for mode, each in results.items()}
+    if len(set(names.values())) == 1:
+        return f"binding: {next(iter(names.values()))}"
+    return "binding: " + ", ".join(f"{name} ({MODE_NAMES[mode]})" for mode, name in names.items())
 
 
 def table(settings: Settings, results: Results) -> Table:
@@ -102,7 +116,7 @@ def table(settings: Settings, results: Results) -> Table:
     window, deadline = settings.window_s, settings.deadline_s
     found = Table(
         title=f"{chats} chat services that want {demand:.0%} of the limit, and {jobs} batch jobs that always have work",
-        caption=f"window {window:.0f} s, deadline {deadline:.0f} s per call, seed {settings.seed}",
+        caption=f"{_binding(results)}; window {window:.0f} s, deadline {deadline:.0f} s per call, seed {settings.seed}",
     )
     found.add_column("", no_wrap=True)
     for mode in results:

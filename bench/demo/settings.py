@@ -41,6 +41,10 @@ class Settings:
     first_byte_s: float = 0.4
     tokens_per_second: float = 80.0
     chunk_s: float = 0.25
+    estimate_spread: float = 0.1
+    """What the upstream assumes of a call's input on arrival is off by up to this part, differently for each call. The
+    prompts are one kind of prose, whose tokens follow from its length almost to the percent: without a spread, what is
+    charged on arrival would be one constant times the truth, which suits whoever learns that constant."""
 
     chats: int = 4
     chat_workload: str = "conversation"
@@ -53,7 +57,7 @@ class Settings:
     jobs: int = 2
     job_workload: str = "code"
     workers: int = 80
-    """Of each batch job; each has a call under way at all times."""
+    """Of each batch job. Each has a call under way, but for a pause of up to half a second after a lost one."""
 
     most_busy: float = 0.85
     """A run with a core above this says nothing about waiting."""
@@ -132,7 +136,12 @@ class Settings:
     def upstream_config(self, initial: float) -> dict[str, Any]:
         """The simulated upstream, with buckets that start ``initial`` full."""
         group = {"name": "models", "models": ["claude-*"], "limits": dict(self.limits)}
-        return {"groups": [group], "initial": initial, "seed": self.seed}
+        return {
+            "groups": [group],
+            "initial": initial,
+            "estimate_spread": self.estimate_spread,
+            "seed": self.seed,
+        }
 
     def scenario(self) -> dict[str, Any]:
         """How fast it answers."""

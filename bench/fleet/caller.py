@@ -1,4 +1,9 @@
-"""The loops of a caller process: when it calls. What is offered depends on the plan and its seed alone."""
+"""The loops of a caller process: when it calls, and with what.
+
+A service's calls depend on the plan and its seed alone. So do a batch worker's items and their order; how many it gets
+through, and how often it has to offer each, depends on the answers: a job has to do all of its work, so an item stays
+its worker's until it is answered. What is too large to get through easily is not dropped for something smaller.
+"""
 
 from __future__ import annotations
 
@@ -14,8 +19,8 @@ MOST_OPEN = 4_000
 """Calls under way in one process. A plan that gets here is beyond what one process can do, and the run is void."""
 
 _LAST_WORDS_S = 5.0
-_BREATH_S = 0.1
-"""A worker whose call fails sooner than this waits so long before the next one, as any job does that is not broken."""
+_PAUSE_S = (0.1, 0.5)
+"""At least and at most, before a worker offers a lost item again: one that fails at once must not spin."""
 
 
 class TooMuch(Exception):
@@ -71,13 +76,19 @@ class Caller:
     async def _worker(self, number: int) -> None:
         chance = seeded(self._plan.seed, self._plan.tenant, "worker", number)
         sizes = self._sizes("worker-sizes", number)
+        # Its own: how often an item was lost must not change the items after it.
+        pauses = seeded(self._plan.seed, self._plan.tenant, "worker-pauses", number)
         # Not all in one instant: no real pool of workers does that, and the first second would measure it.
         await _until(self._start.at + chance.random())
-        while (begun := time.monotonic()) < self._start.end:
-            if not await self._one(next(sizes), chance.random()):
-                await _until(begun + _BREATH_S)
+        while time.monotonic() < self._start.end:
+            size, place = next(sizes), chance.random()
+            while not await self._one(size, place):
+                await asyncio.sleep(pauses.uniform(*_PAUSE_S))
+                if time.monotonic() >= self._start.end:
+                    return
 
     async def _one(self, size: Size, place: float) -> bool:
+        """Offer one call, with a deadline of its own. Whether it was answered."""
         inside = self._start.window_start <= time.monotonic() < self._start.window_end
         self.offered += inside
         self._open_in_window += inside

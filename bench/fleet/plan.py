@@ -21,7 +21,11 @@ SHIPPED_RETRIES = 2
 
 
 class Plan(msgspec.Struct, frozen=True, kw_only=True):
-    """One caller process. The same plan but for ``mode`` and the addresses asks for the same calls."""
+    """One caller process.
+
+    With the same plan but for ``mode`` and the addresses, a service offers the same calls at the same instants, and
+    each batch worker has the same items in the same order. How often an item is offered depends on the answers.
+    """
 
     tenant: str
     priority: Priority
@@ -40,7 +44,8 @@ class Plan(msgspec.Struct, frozen=True, kw_only=True):
     """An open loop: calls arrive by this process, at ``part`` of its rates, whether or not earlier ones are done."""
     part: float = 1.0
     workers: int = 0
-    """A closed loop: so many workers, each with a call under way at all times."""
+    """A closed loop: so many workers. Each offers one item until it is answered, after a short pause when it was lost,
+    and then the next; each time is a call of its own, with its own deadline."""
 
 
 class Measure(msgspec.Struct, frozen=True, tag="measure"):
@@ -76,7 +81,10 @@ class Measured(msgspec.Struct, frozen=True, tag="measured"):
 
 
 class Record(msgspec.Struct, frozen=True, kw_only=True, tag="call"):
-    """One call of the application, told when its fate is known. Instants of the machine's monotonic clock."""
+    """One call of the application, told when its fate is known. Instants of the machine's monotonic clock.
+
+    An item of a batch worker that was lost and is offered again is a new call, with a record of its own.
+    """
 
     call: str
     tenant: str

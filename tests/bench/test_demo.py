@@ -7,6 +7,7 @@ import io
 import json
 import time
 import xml.etree.ElementTree as ElementTree
+from collections.abc import Mapping
 from pathlib import Path
 
 import msgspec
@@ -22,8 +23,9 @@ from bench.demo.figures import Figures, figures
 from bench.demo.picture import picture
 from bench.demo.report import faults, table
 from bench.demo.settings import MODES, Settings
-from bench.fleet.plan import Record
+from bench.fleet.plan import Mode, Record
 from paceline.config import load_config
+from paceline.upstream.settings import config_of
 
 MEASURES = {
     "limit_used",
@@ -113,11 +115,22 @@ def test_figures_of_a_window() -> None:
     assert found.wait_interactive_p50_s == pytest.approx(0.0)
     assert found.wait_interactive_p99_s == pytest.approx(2.0)
     assert found.demand_interactive == pytest.approx(0.3)
+    assert (found.answered_batch, found.answered_batch_tokens) == (1, 603)
+    # Chat had the 300 that it asked for, of 900; batch all the rest.
+    assert found.least_served == pytest.approx(1.0)
     assert found.unmatched_attempts == 0
     assert found.timeline["interactive"][:4] == [200.0, 0.0, 0.0, 100.0]
     assert found.timeline["batch"][0] == 600.0
     assert sum(found.timeline["refused"]) == 3
     assert sum(found.timeline["interactive_wanted"]) == 300.0
+
+
+def test_the_least_served_of_all_tenants_is_one_that_wants_little() -> None:
+    attempts = [each for each in ATTEMPTS if each.number != 9]
+    found = figures(RECORDS, attempts, mark(10.0, 4, -100.0), mark(20.0, 10, 0.0), {"chat-1"}, own_s=0.0)
+    assert found.least_served == pytest.approx(200 / 300)
+    assert found.least_served_tenant == "chat-1"
+    assert found.jain == 1.0, "which says nothing of it"
 
 
 def test_an_attempt_that_only_one_side_saw_is_counted() -> None:
@@ -151,17 +164,42 @@ def test_the_picture_stands_alone_and_says_what_the_table_says() -> None:
     assert "not valid" in drawn, "three calls are no result"
     for outside in ("href", "url(", "@import", "<script"):
         assert outside not in drawn
-    console = Console(file=io.StringIO(), width=120)
-    console.print(table(Settings(seed=1), results))
-    assert isinstance(console.file, io.StringIO)
-    assert "1,000.0" in console.file.getvalue()
+    rows = printed(results)
+    assert "1,000.0" in rows["refused per 1,000"]
+    assert "50.0%" in rows["chat: first attempt"]
+    assert "1 (0.00 M)" in rows["batch answered (tokens)"]
+    assert "1.00 (" in rows["least served ÷ fair share"]
+    assert any("binding: input tokens;" in row for row in rows.values())
 
 
-def test_a_mode_without_any_answer_is_drawn_too() -> None:
+def printed(results: Mapping[Mode, Figures]) -> dict[str, str]:
+    """The lines of the table by the name of the row (of the caption: by itself)."""
+    file = io.StringIO()
+    Console(file=file, width=120).print(table(Settings(seed=1), results))
+    lines = [line.strip("│ ") for line in file.getvalue().splitlines()]
+    return {line.partition("│")[0].strip(): line for line in lines}
+
+
+def test_a_caption_names_the_binding_dimension_of_each_mode_where_they_differ() -> None:
+    other = msgspec.structs.replace(example(), binding_dimension="requests")
+    rows = printed({"alone": other, "paceline": example()})
+    assert any("binding: requests (alone), input tokens (Paceline)" in row for row in rows.values())
+
+
+def test_a_mode_without_any_answer_is_drawn_too_and_nothing_of_it_is_good_that_is_not_known() -> None:
     nothing = figures([], [], mark(10.0, 4, 0.0), mark(20.0, 4, 0.0), {"chat-1"}, own_s=0.0)
     results = dict.fromkeys(MODES, nothing)
-    ElementTree.fromstring(picture(Settings(seed=1), results))
-    table(Settings(seed=1), results)
+    root = ElementTree.fromstring(picture(Settings(seed=1), results))
+    unknown = [each for each in root.iter("{http://www.w3.org/2000/svg}text") if each.text == "–"]
+    # The wait and the refusals per accepted call, in each mode.
+    assert [each.get("class") for each in unknown] == ["value bad"] * 6
+    rows = printed(results)
+    for name in ("refused per 1,000", "chat wait, p99", "Jain's index", "least served ÷ fair share"):
+        assert rows[name].count("–") == 3
+
+
+def test_the_upstreams_estimate_is_not_the_truth_times_a_constant() -> None:
+    assert config_of(Settings(seed=1).upstream_config(0.2)).estimate_spread == 0.1
 
 
 def test_the_operators_configuration_is_sound_and_is_the_limit(tmp_path: Path) -> None:

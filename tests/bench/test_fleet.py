@@ -11,6 +11,7 @@ import msgspec
 import pytest
 
 from bench.demo.settings import MODES, Settings
+from bench.fleet import caller as caller_module
 from bench.fleet.application import Application, application, own_time
 from bench.fleet.caller import Caller
 from bench.fleet.plan import SHIPPED_RETRIES, Plan, Record, Report, Settled, Start, retries
@@ -138,17 +139,20 @@ async def test_the_sdks_own_time_is_small(upstream: Upstream) -> None:
 
 
 class Recorder(Application):
-    """Instead of calling: remembers what it was asked."""
+    """Instead of calling: remembers what it was asked. Of every ``of`` calls, only the last one is answered."""
 
-    def __init__(self, plan: Plan, seconds: float = 0.01) -> None:
+    def __init__(self, plan: Plan, seconds: float = 0.01, of: int = 1) -> None:
         super().__init__(plan, anthropic.AsyncAnthropic(api_key="none"), {})
         self.asked: list[Size] = []
+        self.items: list[tuple[Size, float]] = []
         self.seconds = seconds
+        self.of = of
 
     async def call(self, size: Size, start: float) -> Record:
         self.asked.append(size)
+        self.items.append((size, start))
         begun = time.monotonic()
-        fate = "answered"
+        fate = "RateLimitError" if len(self.asked) % self.of else "answered"
         try:
             await asyncio.sleep(self.seconds)
         except asyncio.CancelledError:
@@ -184,6 +188,40 @@ async def test_the_same_plan_asks_for_the_same_calls() -> None:
     assert one.asked == other.asked != []
     (third, _, _) = await offered(plan(spans=spans, seed=2))
     assert third.asked != one.asked
+
+
+async def worked(of: int, seconds: float) -> tuple[Recorder, list[Report]]:
+    """What one batch worker does in so many seconds; the window holds all of them."""
+    given = plan(workers=1, stream=False, workload="code")
+    told: list[Report] = []
+    app = Recorder(given, 0.002, of)
+    now = time.monotonic()
+    # The start is long past, so that the worker does not wait for its place in the first second.
+    start = Start(at=now - 5.0, window_start=now, window_end=now + seconds + 1, end=now + seconds)
+    await Caller(given, app, start, told.append).run()
+    return app, told
+
+
+async def test_a_batch_worker_keeps_its_item_until_it_is_answered(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(caller_module, "_PAUSE_S", (0.001, 0.003))
+    (quick, _), (hard, told) = await asyncio.gather(worked(1, 0.4), worked(3, 0.4))
+    # The same size and the same text, three times; then the next: the ones that everybody has, in the same order.
+    kept = hard.items[::3]
+    assert len(kept) > 5
+    assert hard.items == [item for item in kept for _ in range(3)][: len(hard.items)]
+    assert kept == quick.items[: len(kept)]
+    assert len(set(kept)) == len(kept)
+    # Each time is an offered call of its own.
+    fates = [each.fate for each in told if isinstance(each, Record)]
+    assert len(fates) == len(hard.items)
+    assert fates.count("RateLimitError") >= 2 * fates.count("answered") > 0
+
+
+async def test_a_batch_worker_whose_call_fails_at_once_does_not_spin() -> None:
+    app, _ = await worked(1_000, 1.2)
+    gone = len(app.items)
+    assert 1.2 / 0.5 - 1 <= gone <= 1.2 / 0.1 + 1
+    assert len(set(app.items)) == 1
 
 
 async def test_every_call_of_the_window_is_told_of_once_and_then_it_is_settled() -> None:

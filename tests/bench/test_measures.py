@@ -15,6 +15,7 @@ from bench.demo.measures import (
     fairness,
     first_attempt,
     jain,
+    least_served,
     lost,
     percentile,
     refused_per_1000,
@@ -96,6 +97,24 @@ def test_jain_is_between_one_nth_and_one(values: list[float]) -> None:
 
 def test_jain_known_by_heart() -> None:
     assert (jain([]), jain([3.0, 3.0]), jain([1.0, 0.0])) == (None, 1.0, 0.5)
+
+
+@given(st.dictionaries(st.sampled_from("abcdef"), st.tuples(st.floats(0, 1), st.floats(0.01, 1)), min_size=1))
+def test_the_least_served_is_a_tenant_and_none_has_less(tenants: dict[str, tuple[float, float]]) -> None:
+    served = {name: part for name, (part, _) in tenants.items()}
+    fair = {name: share for name, (_, share) in tenants.items()}
+    found = least_served(served, fair)
+    assert found is not None
+    tenant, ratio = found
+    assert ratio == served[tenant] / fair[tenant]
+    assert all(served[name] >= ratio * fair[name] * (1 - 1e-9) for name in tenants)
+
+
+def test_the_least_served_among_those_that_are_entitled() -> None:
+    assert least_served({}, {}) is None
+    assert least_served({"a": 1.0}, {"a": 0.0}) is None
+    # Who was not served at all is not left out.
+    assert least_served({"a": 0.3}, {"a": 0.3, "b": 0.1, "c": 0.0}) == ("b", 0.0)
 
 
 def test_the_limit_used_is_that_of_the_binding_dimension() -> None:

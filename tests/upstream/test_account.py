@@ -176,6 +176,19 @@ def test_the_longest_wait_is_named() -> None:
     assert (outcome.dimension, outcome.retry_after) == ("requests", 60)
 
 
+def test_the_request_that_a_refusal_costs_is_not_what_it_names() -> None:
+    # The last request is there, and the call a little short of tokens; another request would take half a minute.
+    found = account(requests=2)
+    found.arrive(0, call(5_000, model=GPT))
+    outcome = found.arrive(0, call(5_100, model=GPT))
+    assert isinstance(outcome, Refused)
+    assert (outcome.dimension, outcome.level, outcome.wait_us, outcome.retry_after) == ("tokens", 5_000, 600_000, 1)
+    assert level(found, "requests", "gpt") == 0
+    after = found.arrive(0, call(100, model=GPT))
+    assert isinstance(after, Refused)
+    assert (after.dimension, after.level) == ("requests", 0)
+
+
 @pytest.mark.parametrize(("how", "left"), [("openai", 2), ("none", 3), ("all", 2)])
 def test_refused_calls_count_as_configured(how: str, left: int) -> None:
     found = account(requests=4, refused_requests_count=how)

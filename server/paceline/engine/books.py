@@ -57,7 +57,7 @@ class Books:
         self._plans: dict[tuple[str, tuple[str, ...]], tuple[int, ...]] = {}
         self._recipes: dict[tuple[str, tuple[int, ...]], Recipe] = {}
         self._touched: dict[tuple[int, ...], an.Touched] = {}
-        self._trails: dict[int, Trail] = {}
+        self._trails: dict[int, Trail | None] = {}
 
     def begin(self, now: int) -> None:
         """Start a step at ``now``; time never goes back."""
@@ -79,19 +79,26 @@ class Books:
         bucket = self.state.buckets[number]
         if bucket.at < self.now:
             refilled, carry = bucket.refill(self.now)
-            trail = self._trails.get(number)
+            trail = self.trail(number)
             if trail is not None:
                 trail.note(bucket.at, bucket.level - bucket.adjusted)
                 trail.note(self.now, bucket.level + refilled - bucket.adjusted)
             self.emit(ev.Advanced(number, refilled, carry, bucket.lost(self.now, refilled)))
         return bucket
 
-    def trail(self, number: int) -> Trail:
-        """Where the level of a bucket was, since this was first asked. Soft: it begins anew with every process."""
-        trail = self._trails.get(number)
-        if trail is None:
-            trail = self._trails[number] = Trail()
-        return trail
+    def trail(self, number: int) -> Trail | None:
+        """Where the level of a bucket was; ``None`` for those of which no reading can be compared with it.
+
+        Soft: it begins anew with every process, and from the first call, since readings are of calls that began before.
+        """
+        try:
+            return self._trails[number]
+        except KeyError:
+            bucket = self.state.buckets[number]
+            compared = bucket.is_read and bucket.dimension is not Dimension.OUTPUT_TOKENS
+            learns = compared and self.state.pools[bucket.pool].learn
+            trail = self._trails[number] = Trail() if learns else None
+            return trail
 
     def advance_all(self, numbers: tuple[int, ...]) -> None:
         """Bring these buckets to the present."""
@@ -105,6 +112,7 @@ class Books:
     def defined(self) -> None:
         """Pools or shares have changed: forget what was derived from them."""
         self.generation += 1
+        self._trails = {number: trail for number, trail in self._trails.items() if trail is not None}
         self._plans.clear()
         self._recipes.clear()
 

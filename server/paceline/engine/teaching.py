@@ -17,7 +17,7 @@ from paceline.engine.dimensions import GAUGES, MINUTE_US, SECOND_US, Dimension, 
 from paceline.engine.operations import Observation, Reading, Refusal
 from paceline.engine.state import Pool
 from paceline.engine.stats import Stats
-from paceline.engine.trail import UNSEEN_US
+from paceline.engine.trail import UNSEEN_US, Trail
 
 LONGEST_BLOCK_US = 5 * MINUTE_US
 SHORTEST_BLOCK_US = SECOND_US
@@ -179,10 +179,11 @@ class Teacher:
         elif bucket.dimension is not Dimension.REQUESTS:
             own = own * WEIGHT_ONE // pool.profile.estimate_slack
         standing = bucket.constraint
-        if bucket.dimension is not Dimension.OUTPUT_TOKENS:
+        trail = self._trail(number)
+        if trail is not None:
             # What an older reading has seen free, others may have taken since.
             newest = standing is None or until >= standing.until
-            self._follow(number, bucket, low if newest else None, high, since, until)
+            self._follow(number, bucket, trail, low if newest else None, high, since, until)
         newest_first = reversed(self._state.open_in[pool.name].values())
         constraint = reconcile.constrain(bucket, low, high, since, until, own, newest_first, number, rounding)
         if constraint is None:
@@ -194,9 +195,10 @@ class Teacher:
             self._adjust(number, reconcile.correction(bucket, constraint, now))
         self._correct(number, bucket, now)
 
-    def _follow(self, number: int, bucket: Bucket, low: int | None, high: int | None, since: int, until: int) -> None:
+    def _follow(
+        self, number: int, bucket: Bucket, trail: Trail, low: int | None, high: int | None, since: int, until: int
+    ) -> None:
         """Correct the level by what none of our levels between ``since`` and ``until`` explains."""
-        trail = self._trail(number)
         trail.note(bucket.at, bucket.level - bucket.adjusted)
         if high is not None:
             span = trail.between(since, until)

@@ -22,8 +22,8 @@ COARSE_US = 1_000_000
 FINE_SLOTS = 60
 COARSE_SLOTS = 60
 """A minute: about 15 kB for a limit. A reading that is older is compared with none."""
-UNSEEN_US = 500_000
-"""A call may take so long from its grant to the upstream: for a while our level is below what is read."""
+UNSEEN_US = 2_000_000
+"""A call may take so long from its grant to the upstream: until it is there, our level is below what is read."""
 
 
 class Span(NamedTuple):

@@ -14,6 +14,17 @@ randomness of its own, so it runs under a laboratory's virtual clock as well as 
 :mod:`~.prompt`        from a request's body to its tokens, cached prefixes included
 :mod:`~.settings`      what is simulated, and what goes wrong
 =====================  ==================================================================
+
+What it does not simulate, so that no result measured here says anything of it:
+
+- Anthropic: the 429 for usage that grows too fast (``ramp_limit_exceeded``) and its limit that rises by steps; the 429
+  of a spend cap, which has a code of its own and no ``retry-after`` (a scenario can leave ``retry-after`` out of a
+  forced refusal, which still names a bucket); limits of workspaces beside those of the organisation.
+- OpenAI: limits by the day (RPD, TPD); limits of projects and the ``…-project-tokens`` headers; ``slow_down``,
+  ``insufficient_quota`` and the codes of spend limits.
+- Azure OpenAI: requests that are enforced in slices of 1 or 10 seconds; headers that say ``-1`` or are missing for one
+  dimension only (a scenario leaves out all of them or none).
+- The APIs of other providers.
 """
 
 from __future__ import annotations

@@ -284,13 +284,16 @@ class Account:
 
     def _refuse(self, group: ModelGroup, needs: Mapping[str, int]) -> Refused:
         buckets = group.buckets
-        counts = self.config.refused_requests_count
-        if (counts == "all" or counts == group.api) and not buckets["requests"].wait_us(1):
-            buckets["requests"].charge(1)
         short = max(needs, key=lambda dimension: buckets[dimension].wait_us(needs[dimension]))
         bucket = buckets[short]
         wait = bucket.wait_us(needs[short])
-        return Refused(short, needs[short], bucket.tokens, bucket.amount, wait, max(1, -(-wait // SECOND)))
+        refused = Refused(short, needs[short], bucket.tokens, bucket.amount, wait, max(1, -(-wait // SECOND)))
+        # Only now: the request that the refusal itself costs is not what the call was short of. (Where requests are few
+        # a minute, who comes back when told may be short of that one.)
+        counts = self.config.refused_requests_count
+        if (counts == "all" or counts == group.api) and not buckets["requests"].wait_us(1):
+            buckets["requests"].charge(1)
+        return refused
 
     def _forced(self, group: ModelGroup) -> Refused:
         dimension, seconds = self.scenario.refuse_dimension, self.scenario.refuse_retry_after
