@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import socket
 import statistics
+import threading
 import time
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -329,3 +330,27 @@ def test_the_mode_comes_from_the_environment(nobody: str, monkeypatch: pytest.Mo
     monkeypatch.setenv("PACELINE_MODE", "nonsense")
     with pytest.raises(ValueError, match="PACELINE_MODE"):
         Client(nobody)
+
+
+def test_a_server_that_grants_fewer_than_asked_for_fails_nobody(server: Fake, connect: Connect) -> None:
+    go = threading.Event()
+
+    def fewer(request: pb.ReserveRequest) -> pb.ReserveResponse:
+        go.wait(10)
+        answer = granted(request)
+        del answer.grant.child_reservation_ids[1:]
+        return answer
+
+    server.on_reserve = fewer
+    client = connect(mode="observe")
+    grants = client.reserve_many(3, model=MODEL).__enter__()
+    for grant in grants:
+        grant.report({"anthropic-ratelimit-requests-limit": "50"})
+        grant.commit_usage(input_tokens=1)
+    go.set()
+    # One was granted; the others are booked as calls without a grant, with the headers that were kept.
+    server.wait_for("commit")
+    first, second = server.wait_for("observe", 2)
+    assert [header.name for header in first.outcome.headers] == ["anthropic-ratelimit-requests-limit"]
+    assert len(second.outcome.headers) == 1
+    assert client.flush()

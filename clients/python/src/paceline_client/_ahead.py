@@ -108,18 +108,25 @@ class Ahead(Account):
                 grants, ends, released = self._grants, self._ends, self._released
                 self._grants, self._ends, self._released = (), [], []
                 ended = {grant.reservation_id for grant, *_ in ends}
-                early = {} if granted is None else {id: self._early.pop(id) for id in list(self._early)}
+                # A server may grant fewer than it was asked for; the others are calls without a grant.
+                early = {id: self._early.pop(id) for id in list(self._early) if id in self._ids}
             for each in released:
                 self._early.pop(each, None)
                 number = self._ids.get(each)
                 if number is not None:
                     super().release(number, self._context)
             for grant in grants:
-                for report in early.get(grant.reservation_id, ()):
-                    self._report(self._ids[grant.reservation_id], report, grant._output, hub.submit)
+                number = self._ids.get(grant.reservation_id)
+                if number is not None:
+                    for report in early.get(grant.reservation_id, ()):
+                        self._report(number, report, grant._output, hub.submit)
             for end in ends:
                 self._commit(end, None, hub.submit)
-            held = [grant for grant in grants if not grant.ended and grant.reservation_id not in ended]
+            held = [
+                grant
+                for grant in grants
+                if not grant.ended and grant.reservation_id in self._ids and grant.reservation_id not in ended
+            ]
             if granted is not None and held:
                 self._renew(granted, _number(operation), held)
         finally:

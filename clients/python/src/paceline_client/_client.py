@@ -84,7 +84,12 @@ class _Base:
 
     def statistics(self) -> dict[str, int | float | bool | None]:
         """What goes on between this process and the coordinator, for debugging."""
-        return {} if self._desk is None else self._desk.hub.statistics()
+        if self._desk is None:
+            return {}
+        # It is of the standard library only, and needs no SDK.
+        from paceline_client.hooks._trouble import counts
+
+        return {**self._desk.hub.statistics(), **counts()}
 
     def __repr__(self) -> str:
         where = "disabled" if self.disabled else self._options.endpoint.address
@@ -235,28 +240,31 @@ class Client(_Base):
         submit = desk.hub.submit
         if desk.goes_ahead:
             return desk.ahead(asked, submit)
-        operation = desk.operation(asked)
-        call = desk.hub.call()
-        operation.waiter = call
-        try:
-            submit(operation)
-            call.wait()
-        except BaseException:
-            desk.withdraw(asked, submit, operation)
-            raise
-        decision = desk.decide(asked, submit, operation)
-        if decision is not None:
-            return decision
-        result: Decision | None = None
-        flow = desk.without(asked, submit, operation.created)
-        try:
-            while True:
-                time.sleep(next(flow))
-        except StopIteration as stop:
-            result = stop.value
-        finally:
-            flow.close()
-        return self._decide(desk.rest(asked, operation)) if result is None else result
+        while True:
+            operation = desk.operation(asked)
+            call = desk.hub.call()
+            operation.waiter = call
+            try:
+                submit(operation)
+                call.wait()
+            except BaseException:
+                desk.withdraw(asked, submit, operation)
+                raise
+            decision = desk.decide(asked, submit, operation)
+            if decision is not None:
+                return decision
+            result: Decision | None = None
+            flow = desk.without(asked, submit, operation.created)
+            try:
+                while True:
+                    time.sleep(next(flow))
+            except StopIteration as stop:
+                result = stop.value
+            finally:
+                flow.close()
+            if result is not None:
+                return result
+            asked = desk.rest(asked, operation)
 
 
 class AsyncClient(_Base):
@@ -359,28 +367,31 @@ class AsyncClient(_Base):
         submit = port.submit
         if desk.goes_ahead:
             return desk.ahead(asked, submit)
-        operation = desk.operation(asked)
-        call = port.waiter()
-        operation.waiter = call
-        try:
-            submit(operation)
-            await call.future
-        except BaseException:
-            desk.withdraw(asked, submit, operation)
-            raise
-        decision = desk.decide(asked, submit, operation)
-        if decision is not None:
-            return decision
-        result: Decision | None = None
-        flow = desk.without(asked, submit, operation.created)
-        try:
-            while True:  # noqa: ASYNC110 - for turns, which are computed, not signalled
-                await asyncio.sleep(next(flow))
-        except StopIteration as stop:
-            result = stop.value
-        finally:
-            flow.close()
-        return await self._decide(desk.rest(asked, operation)) if result is None else result
+        while True:
+            operation = desk.operation(asked)
+            call = port.waiter()
+            operation.waiter = call
+            try:
+                submit(operation)
+                await call.future
+            except BaseException:
+                desk.withdraw(asked, submit, operation)
+                raise
+            decision = desk.decide(asked, submit, operation)
+            if decision is not None:
+                return decision
+            result: Decision | None = None
+            flow = desk.without(asked, submit, operation.created)
+            try:
+                while True:  # noqa: ASYNC110 - for turns, which are computed, not signalled
+                    await asyncio.sleep(next(flow))
+            except StopIteration as stop:
+                result = stop.value
+            finally:
+                flow.close()
+            if result is not None:
+                return result
+            asked = desk.rest(asked, operation)
 
 
 class Reservation:

@@ -50,7 +50,8 @@ SILENCE: Final = 1.0
 HURRY: Final = 0.05
 """For the answer to a Reserve in observe mode, which is a grant anyway. Unit: seconds."""
 RECENT: Final = 1.0
-"""After "unavailable", no call waits for a better answer for so long. Unit: seconds."""
+"""After "unavailable", no call waits for a better answer for so long; and of the calls that wait for a turn in this
+process, one asks again in this time. Unit: seconds."""
 
 
 class Kind(enum.Enum):
@@ -201,6 +202,9 @@ class Core:
         self._dead_timers = 0
         self._last_unavailable = float("-inf")
         self._last_probe = float("-inf")
+        self._last_look = float("-inf")
+        self.served = float("-inf")
+        """When the last Reserve was answered with a decision."""
 
     # -- callers ------------------------------------------------------------------------------------------------
 
@@ -248,6 +252,13 @@ class Core:
         self._leave_stream(operation)
         self._finish(operation, None, deliver=False)
         return sent
+
+    def may_look(self, now: float) -> bool:
+        """Whether a caller that waits for its turn here may find out if Reserves are decided again."""
+        if now < self._last_look + RECENT:
+            return False
+        self._last_look = now
+        return True
 
     def _is_away(self, now: float) -> bool:
         stream = self.current
@@ -505,6 +516,7 @@ class Core:
 
     def _reserved(self, operation: Operation, answer: pb.ReserveResponse, now: float) -> None:
         self._last_unavailable = float("-inf")
+        self.served = now
         for share in answer.fallback_shares:
             self._share(share, now)
         if answer.HasField("denial") and now < operation.give_up:

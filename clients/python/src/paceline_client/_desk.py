@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import threading
 from collections.abc import Generator, Sequence
 from dataclasses import replace
@@ -13,7 +14,7 @@ from paceline_client._config import Options
 from paceline_client._core import Failure, Kind, Operation, new_id
 from paceline_client._errors import Denied, RequestRefused, Unavailable
 from paceline_client._grant import Grant
-from paceline_client._hub import Hub
+from paceline_client._hub import LOOK, Hub
 from paceline_client._local import LocalGrant
 from paceline_client._model import Candidate, Target
 from paceline_client._plan import Plan
@@ -22,10 +23,19 @@ from paceline_client.stubs.paceline.v1 import coordinator_pb2 as pb
 
 Decision = list[Grant] | Denied
 FOREVER: Final = float("inf")
-LOOK: Final = 0.25
-"""How often a call that waits for its turn here looks whether the coordinator is back. Unit: seconds."""
 MAX_OBSERVED: Final = 4_096
 """Kinds of calls that are remembered as observed by the server. Beyond it the oldest is forgotten."""
+
+_remembering = threading.Lock()
+"""Held for an instant, so one for all desks will do, which a child of a fork can renew."""
+
+
+def _renew_lock() -> None:
+    global _remembering
+    _remembering = threading.Lock()
+
+
+os.register_at_fork(after_in_child=_renew_lock)
 
 _Kind = tuple[Target | str, str, str]
 """Of a call: its target or ladder, tenant and workspace."""
@@ -39,7 +49,6 @@ class Desk:
         self._options = options
         self.goes_ahead = options.mode == "observe"
         """Calls are made at once, and the coordinator is told."""
-        self._lock = threading.Lock()
         self._observed: dict[_Kind, bool] = {}
         """Calls that the server observes only; whether their next one waits but shortly for its answer."""
 
@@ -158,8 +167,8 @@ class Desk:
     def without(self, plan: Plan, submit: Submit, started: float) -> Generator[float, None, Decision | None]:
         """Decide by the policy. Yields the seconds to wait before it goes on; closed, it gives back what it took.
 
-        ``None``: the coordinator is back, and the turn had not come. It is to be asked: turns taken here while it
-        grants as well would be a burst.
+        ``None``: the coordinator seems to be back, and the turn had not come. It is to be asked: turns taken here while
+        it grants as well would be a burst.
         """
         hub = self.hub
         policy = self._options.policy if _kind(plan) not in self._observed else "open"
@@ -190,7 +199,8 @@ class Desk:
         self, plan: Plan, candidates: Sequence[Candidate], count: int, started: float
     ) -> Generator[float, None, list[LocalGrant] | Denied | None]:
         hub = self.hub
-        turn_by = max(hub.clock(), started + plan.max_wait)
+        failed = hub.clock()
+        turn_by = max(failed, started + plan.max_wait)
         taken: list[LocalGrant] = []
         complete = False
         try:
@@ -200,7 +210,7 @@ class Desk:
                 if isinstance(turn, LocalGrant):
                     taken.append(turn)
                 elif now + turn <= turn_by:
-                    if hub.is_back:
+                    if hub.may_ask(started, failed):
                         return None
                     yield min(turn, LOOK)
                 elif taken and plan.allow_partial:
@@ -214,7 +224,7 @@ class Desk:
                     )
             at = max(turn.at for turn in taken)
             while (wait := at - hub.clock()) > 0:
-                if hub.is_back:
+                if hub.may_ask(started, failed):
                     return None
                 yield min(wait, LOOK)
             complete = True
@@ -229,7 +239,7 @@ class Desk:
         kind, observed = _kind(plan), self._observed
         if observed.get(kind) is hurry:
             return
-        with self._lock:
+        with _remembering:
             observed.pop(kind, None)
             if hurry is not None:
                 observed[kind] = hurry

@@ -43,6 +43,9 @@ CONNECT_TIMEOUT: Final = 5.0
 """For a connection and its welcome. Unit: seconds."""
 WAITED: Final = 0.85
 """The part of the budget that is waited for. The rest is for the way back to the caller."""
+LOOK: Final = 0.25
+"""How often a call that waits for its turn here looks whether the coordinator is back, and the least time between two
+Reserves of it on one session. Unit: seconds."""
 REPORT_TIMEOUT: Final = 5.0
 """For a report that is a call of its own. Unit: seconds."""
 FIRST_BACKOFF: Final = 0.05
@@ -111,9 +114,10 @@ class Port:
         if threading.get_ident() != self._thread or self._loop.is_closed():
             self._hub.submit(operation, timer)
             return
-        self._outbox.append((operation, timer))
-        if len(self._outbox) == 1:
+        if not self._outbox:
+            # First, because it may raise: then nothing is left that would keep the next one from calling.
             self._loop.call_soon(self.flush)
+        self._outbox.append((operation, timer))
 
     def flush(self) -> None:
         """Send what has gathered."""
@@ -125,9 +129,11 @@ class Port:
         self._inbox.append((future, operation))
         if not self._called:
             self._called = True
-            # The loop may be gone, and everybody with it who waited there.
-            with contextlib.suppress(RuntimeError):
+            try:
                 self._loop.call_soon_threadsafe(self._deliver)
+            except RuntimeError:
+                # The loop may be gone, and everybody with it who waited there.
+                self._called = False
 
     def _deliver(self) -> None:
         self._called = False
@@ -214,7 +220,7 @@ class Hub:
                         core.cancel_timer(timer)
                     core.submit(operation, now)
                 ended = self._after()
-        _deliver(ended)
+        self._deliver(ended)
 
     def abandon(self, operation: Operation) -> bool:
         """Nobody waits any more. Whether the operation may have reached the server."""
@@ -264,6 +270,26 @@ class Hub:
         stream = self.core.current
         return stream is not None and stream.silent_since is None and self.core.down_since is None
 
+    def may_ask(self, asked: float, failed: float) -> bool:
+        """Whether a call that asked in vain should ask again. Unit: seconds, of the clock.
+
+        A session is not enough: its server may be well, and what it keeps its ledger in be away. So at once only on a
+        new session; on the one that failed, once another call was served there, or as the one that finds out.
+        """
+        core = self.core
+        stream = core.current
+        if stream is None or not self.is_back:
+            return False
+        if stream.welcomed is not None and stream.welcomed > asked:
+            return True
+        now = self.clock()
+        if now < failed + LOOK:
+            return False
+        if core.served > failed:
+            return True
+        with self._lock:
+            return core.may_look(now)
+
     def flush(self, timeout: float, *, hopeless: bool = True) -> bool:
         """Wait until every report is acknowledged. ``hopeless``: also while nobody can be reached."""
         deadline = self.clock() + timeout
@@ -295,7 +321,7 @@ class Hub:
             calls, threads = self._cut()
             if self._timer_thread is not None:
                 threads.append(self._timer_thread)
-        _deliver(waiting)
+        self._deliver(waiting)
         for call in calls:
             _cancel(call)
         deadline = time.monotonic() + JOIN_BUDGET
@@ -304,11 +330,22 @@ class Hub:
             if thread is not me:
                 thread.join(max(0.0, deadline - time.monotonic()))
 
-    def warn(self, key: str, text: str) -> None:
+    def warn(self, key: str, text: str, error: BaseException | None = None) -> None:
         """Log a warning, once."""
         if key not in self._warned:
             self._warned.add(key)
-            log.warning(text)
+            log.warning(text, exc_info=error)
+
+    def _deliver(self, ended: list[Operation]) -> None:
+        """Give them to those who wait. One that fails must not keep the others, nor this thread, from going on."""
+        for operation in ended:
+            waiter: Waiter | None = operation.waiter
+            if waiter is None:
+                continue
+            try:
+                waiter.deliver(operation)
+            except Exception as error:
+                self.warn(f"deliver {type(error)}", f"paceline: an answer could not be used: {error!r}", error)
 
     def statistics(self) -> dict[str, int | float | bool | None]:
         """What is going on, for debugging."""
@@ -409,7 +446,7 @@ class Hub:
                 if ended or calls:
                     lock.release()
                     try:
-                        _deliver(ended)
+                        self._deliver(ended)
                         for call in calls:
                             _cancel(call)
                     finally:
@@ -507,7 +544,7 @@ class Hub:
                     self.core.broken(stream, self.clock(), fatal)
                 self._to_write.notify_all()
                 ended = self._after()
-            _deliver(ended)
+            self._deliver(ended)
             if channel is not None:
                 channel.close()
                 with self._lock:
@@ -559,7 +596,7 @@ class Hub:
                     self._link(self._next_delay(stream))
                 self._to_write.notify_all()
             ended = self._after()
-        _deliver(ended)
+        self._deliver(ended)
 
     def _watch(self, stream: Stream, now: float) -> None:
         """Cut the session once its server owes the receipt of a report for too long and says nothing.
@@ -673,7 +710,7 @@ class Hub:
                     self.core.reached(stream, now)
                 self.core.answers(stream, stubs.ResponseBatch(items=[item]), now)
                 ended = self._after()
-            _deliver(ended)
+            self._deliver(ended)
 
         return done
 
@@ -723,13 +760,6 @@ class Hub:
                 "GRPC_ENABLE_FORK_SUPPORT=1 or import paceline_client before grpc. It goes on by its policy.",
             )
         self._fresh()
-
-
-def _deliver(ended: list[Operation]) -> None:
-    for operation in ended:
-        waiter: Waiter | None = operation.waiter
-        if waiter is not None:
-            waiter.deliver(operation)
 
 
 def _cancel(call: grpc.Call | grpc.Channel) -> None:
@@ -823,4 +853,13 @@ def _after_in_child() -> None:
     _hubs_lock = threading.Lock()
 
 
+def _tell_apart() -> None:
+    """In a child: clients that were made before the fork, and had not contacted anybody yet, are not the parent's."""
+    for hub in list(_hubs.values()):
+        if not hub._started:
+            hub._fresh()
+
+
+# Clients are often made before a server forks its workers, and the watch for forks begins with the first call.
+os.register_at_fork(after_in_child=_tell_apart)
 atexit.register(_at_exit)

@@ -8,10 +8,11 @@ from typing import Final
 
 import httpx2
 
-from paceline_client._errors import Denied, Unavailable
+from paceline_client._errors import Denied, RequestRefused, Unavailable
 
 TOO_MANY: Final = 429
 AWAY: Final = 503
+NOT_VALID: Final = 400
 
 
 def denial_response(denied: Denied, request: httpx2.Request) -> httpx2.Response:
@@ -27,6 +28,12 @@ def unavailable_response(error: Unavailable, request: httpx2.Request) -> httpx2.
     """As for a service that is away."""
     headers = {"x-should-retry": "false", "x-paceline": "unavailable"}
     return _response(AWAY, headers, "api_error", str(error), "paceline_unavailable", request)
+
+
+def refusal_response(error: RequestRefused, request: httpx2.Request) -> httpx2.Response:
+    """As for a request that is not valid: ours, not the application's."""
+    headers = {"x-should-retry": "false", "x-paceline": "refused"}
+    return _response(NOT_VALID, headers, "invalid_request_error", str(error), "paceline_refused", request)
 
 
 def _response(

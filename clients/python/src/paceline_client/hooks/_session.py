@@ -2,22 +2,24 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping
 from typing import TypeVar
 
 from paceline_client._client import AsyncClient, Client
-from paceline_client._errors import PacelineError
+from paceline_client._errors import PacelineError, RequestRefused
 from paceline_client._grant import Grant
 from paceline_client._plan import Ask
 from paceline_client.hooks._call import Attempt
 from paceline_client.hooks._labels import DEFAULT_MAX_WAIT, Labels, current
 from paceline_client.hooks._size import Seen, Size
-from paceline_client.hooks._trouble import trouble
+from paceline_client.hooks._trouble import refused, unreserved
 
 _Either = TypeVar("_Either", Client, AsyncClient)
 
 _seen = Seen()
 """Of the process: which client sent a prompt makes no difference to the cache upstream."""
+os.register_at_fork(after_in_child=_seen.renew_lock)
 
 
 class Session:
@@ -32,6 +34,12 @@ class Session:
     ) -> None:
         if min_output_tokens is not None and min_output_tokens < 0:
             raise ValueError("min_output_tokens must not be negative")
+        if client is None:
+            # Here, though it contacts nobody before the first call: a mistake in the environment must not show in the
+            # application's calls.
+            client = Client()
+        elif not isinstance(client, (Client, AsyncClient)):
+            raise TypeError(f"client must be a Client or an AsyncClient of paceline_client, not {client!r}")
         self.seen = _seen
         self.min_output_tokens = min_output_tokens
         self._given = client
@@ -42,7 +50,7 @@ class Session:
 
     @property
     def client(self) -> Client:
-        """For threads. Made at the first call, so that importing and configuring contact nobody."""
+        """For threads."""
         if self._sync is None:
             self._sync = _alike(Client, self._given)
         return self._sync
@@ -55,29 +63,44 @@ class Session:
         return self._async
 
     def begin(self, model: str, size: Size, timeout: float | None) -> Attempt | None:
-        """Wait for the turn of one attempt. ``None``: it goes on without. Raises what a reservation raises."""
+        """Wait for the turn of one attempt. ``None``: it goes on without.
+
+        Raises ``Denied``, and ``Unavailable`` and ``RequestRefused`` if the policy is ``closed``.
+        """
         try:
             return Attempt(self.client.acquire(**self._ask(model, size, timeout)), size, self.seen)
+        except RequestRefused as error:
+            self._refused(error)
+            return None
         except PacelineError:
             raise
         except Exception as error:
-            trouble("a reservation", error)
+            unreserved("a reservation", error)
             return None
 
     async def begin_async(self, model: str, size: Size, timeout: float | None) -> Attempt | None:
         """The same."""
         try:
             return Attempt(await self.async_client.acquire(**self._ask(model, size, timeout)), size, self.seen)
+        except RequestRefused as error:
+            self._refused(error)
+            return None
         except PacelineError:
             raise
         except Exception as error:
-            trouble("a reservation", error)
+            unreserved("a reservation", error)
             return None
 
     def lowered(self, grant: Grant, size: Size) -> int | None:
         """The bound of the output that the call must carry instead of its own. ``None``: its own stands."""
         bound, asked = grant.max_output_tokens, size.max_output_tokens
         return bound if bound is not None and asked is not None and bound < asked else None
+
+    def _refused(self, error: RequestRefused) -> None:
+        # A wrong token or a name that the server does not know is no fault of the call, which a hook must not break.
+        if self._given._options.policy == "closed":
+            raise error
+        refused(error)
 
     def _ask(self, model: str, size: Size, timeout: float | None) -> Ask:
         who = current().over(self._labels)
@@ -106,10 +129,8 @@ def seconds(timeout: object) -> float | None:
     return float(read) if isinstance(read, (int, float)) else None
 
 
-def _alike(kind: type[_Either], given: Client | AsyncClient | None) -> _Either:
-    """A client of this kind: of the environment, or with all that the given one has, its connection included."""
-    if given is None:
-        return kind()
+def _alike(kind: type[_Either], given: Client | AsyncClient) -> _Either:
+    """A client of this kind, with all that the given one has, its connection included."""
     twin = kind.__new__(kind)
     twin.__dict__.update(given.__dict__)
     return twin

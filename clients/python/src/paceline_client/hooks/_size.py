@@ -55,6 +55,10 @@ class Seen:
         until = self._until.get(mark)
         return until is not None and self._clock() < until
 
+    def renew_lock(self) -> None:
+        """In the child of a fork: a thread that held it has stayed in the parent."""
+        self._lock = threading.Lock()
+
     def add(self, marks: Sequence[Mark]) -> None:
         """They were written, or read, just now."""
         now = self._clock()

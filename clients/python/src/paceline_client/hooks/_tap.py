@@ -94,6 +94,15 @@ _reaping_in = 0
 """The process that the thread runs in: a fork does not take it along."""
 
 
+def _renew_lock() -> None:
+    global _lock
+    _lock = threading.Lock()
+
+
+# Of a thread that held it, the child of a fork has nothing but the lock.
+os.register_at_fork(after_in_child=_renew_lock)
+
+
 def _watch(tap: SyncTap | AsyncTap, attempt: Attempt) -> None:
     global _dropped, _reaping_in
     if _reaping_in != os.getpid():

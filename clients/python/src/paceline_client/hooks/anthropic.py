@@ -10,11 +10,12 @@ It works with every client of that SDK that speaks the Messages API, sync and as
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, Final, NoReturn
 
 from paceline_client._client import AsyncClient, Client
-from paceline_client._errors import Denied, Unavailable
+from paceline_client._errors import Denied, RequestRefused, Unavailable
 from paceline_client._model import Priority
 
 try:
@@ -30,19 +31,23 @@ except ImportError as missing:
 from paceline_client.hooks._call import Attempt
 from paceline_client.hooks._http import follow, follow_async, was_sent
 from paceline_client.hooks._labels import Labels
-from paceline_client.hooks._refused import blank, denial_response, unavailable_response
+from paceline_client.hooks._refused import blank, denial_response, refusal_response, unavailable_response
 from paceline_client.hooks._session import Session, seconds
 from paceline_client.hooks._size import Size, of_messages
-from paceline_client.hooks._trouble import trouble
+from paceline_client.hooks._trouble import unreserved
 
 if TYPE_CHECKING:
     from anthropic import APIResponse, AsyncAPIResponse
     from anthropic._middleware import AsyncCallNext, CallNext
     from anthropic._request import APIRequest
 
-__all__ = ["CallDenied", "CoordinatorUnavailable", "PacelineMiddleware"]
+__all__ = ["CallDenied", "CoordinatorRefused", "CoordinatorUnavailable", "PacelineMiddleware"]
 
 _PATH: Final = "/v1/messages"
+_ELSEWHERE: Final = (":rawPredict", ":streamRawPredict", "/invoke", "/invoke-with-response-stream")
+"""How paths end at Vertex and Bedrock."""
+
+log = logging.getLogger("paceline_client")
 
 
 class CallDenied(Denied, anthropic.RateLimitError):
@@ -67,6 +72,18 @@ class CoordinatorUnavailable(Unavailable, anthropic.APIConnectionError, anthropi
     def __init__(self, error: Unavailable, request: httpx2.Request) -> None:
         response = unavailable_response(error, request)
         anthropic.APIStatusError.__init__(self, str(error), response=response, body=response.json())
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return blank, (type(self), self.args), self.__dict__
+
+
+class CoordinatorRefused(RequestRefused, anthropic.APIStatusError):
+    """The coordinator does not accept the reservation, or who asks for it, and the policy is ``closed``. No retry."""
+
+    def __init__(self, error: RequestRefused, request: httpx2.Request) -> None:
+        response = refusal_response(error, request)
+        anthropic.APIStatusError.__init__(self, str(error), response=response, body=response.json())
+        self.__dict__.update(error.__dict__)
 
     def __reduce__(self) -> tuple[Any, ...]:
         return blank, (type(self), self.args), self.__dict__
@@ -110,6 +127,7 @@ class PacelineMiddleware(Middleware):
             },
             min_output_tokens,
         )
+        self._place_is_known = bool(provider or account)
 
     def handle(self, request: APIRequest, call_next: CallNext) -> APIResponse[Any]:
         """One attempt of the sync client."""
@@ -122,7 +140,7 @@ class PacelineMiddleware(Middleware):
         model, size = asked
         try:
             attempt = session.begin(model, size, seconds(request.timeout))
-        except (Denied, Unavailable) as error:
+        except (Denied, Unavailable, RequestRefused) as error:
             _refuse(error, request)
         if attempt is None:
             return call_next(request)
@@ -133,6 +151,7 @@ class PacelineMiddleware(Middleware):
             raise
         raw = _raw(response, attempt)
         if raw is not None:
+            self._look_where(raw)
             follow(raw, attempt)
         return response
 
@@ -147,7 +166,7 @@ class PacelineMiddleware(Middleware):
         model, size = asked
         try:
             attempt = await session.begin_async(model, size, seconds(request.timeout))
-        except (Denied, Unavailable) as error:
+        except (Denied, Unavailable, RequestRefused) as error:
             _refuse(error, request)
         if attempt is None:
             return await call_next(request)
@@ -158,6 +177,7 @@ class PacelineMiddleware(Middleware):
             raise
         raw = _raw(response, attempt)
         if raw is not None:
+            self._look_where(raw)
             await follow_async(raw, attempt)
         return response
 
@@ -168,8 +188,25 @@ class PacelineMiddleware(Middleware):
             if isinstance(body, Mapping) and body.get("model"):
                 return str(body["model"]), of_messages(body, self._session.seen)
         except Exception as error:
-            trouble("an estimate", error)
+            unreserved("an estimate", error)
         return None
+
+    def _look_where(self, raw: httpx2.Response) -> None:
+        """Say once that the calls go to a cloud which was not named. Before they are sent, the SDK does not tell."""
+        if self._place_is_known:
+            return
+        try:
+            url = raw.url
+        except RuntimeError:
+            # Made by another middleware, without a request.
+            return
+        if url.path.endswith(_ELSEWHERE):
+            self._place_is_known = True
+            log.warning(
+                "paceline: calls go to %s but are coordinated on the default account: give the middleware their "
+                "provider (and account or region). Said once.",
+                url.host,
+            )
 
     def _bounded(self, request: APIRequest, attempt: Attempt, size: Size) -> APIRequest:
         bound = self._session.lowered(attempt.grant, size)
@@ -200,10 +237,12 @@ def _was_sent(error: BaseException) -> bool:
     return not isinstance(error, anthropic.CredentialsError) and was_sent(error)
 
 
-def _refuse(error: Denied | Unavailable, request: APIRequest) -> NoReturn:
+def _refuse(error: Denied | Unavailable | RequestRefused, request: APIRequest) -> NoReturn:
     url = request.url if "://" in request.url else f"https://paceline.invalid{request.url}"
     asked = httpx2.Request(request.method.upper(), url)
     # Without the original as a cause, in which the SDK would look for a reason to retry.
     if isinstance(error, Denied):
         raise CallDenied(error, asked) from None
+    if isinstance(error, RequestRefused):
+        raise CoordinatorRefused(error, asked) from None
     raise CoordinatorUnavailable(error, asked) from None

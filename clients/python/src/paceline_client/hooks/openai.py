@@ -16,7 +16,7 @@ from collections.abc import Mapping
 from typing import Any, Final, NoReturn
 
 from paceline_client._client import AsyncClient, Client
-from paceline_client._errors import Denied, Unavailable
+from paceline_client._errors import Denied, RequestRefused, Unavailable
 from paceline_client._model import Priority
 
 try:
@@ -34,12 +34,12 @@ except ImportError as missing:
 from paceline_client.hooks._call import Attempt
 from paceline_client.hooks._http import follow, follow_async, was_sent
 from paceline_client.hooks._labels import Labels
-from paceline_client.hooks._refused import blank, denial_response, unavailable_response
+from paceline_client.hooks._refused import blank, denial_response, refusal_response, unavailable_response
 from paceline_client.hooks._session import Session, seconds
 from paceline_client.hooks._size import Size, of_completion, of_embeddings
-from paceline_client.hooks._trouble import trouble
+from paceline_client.hooks._trouble import unreserved
 
-__all__ = ["CallDenied", "CoordinatorUnavailable", "async_http_client", "http_client"]
+__all__ = ["CallDenied", "CoordinatorRefused", "CoordinatorUnavailable", "async_http_client", "http_client"]
 
 _BOUNDS: Final = ("max_completion_tokens", "max_output_tokens", "max_tokens")
 
@@ -72,6 +72,20 @@ class CoordinatorUnavailable(Unavailable, openai.APIConnectionError, openai.APIS
         return blank, (type(self), self.args), self.__dict__
 
 
+class CoordinatorRefused(RequestRefused, openai.APIStatusError):
+    """The coordinator does not accept the reservation, or who asks for it, and the policy is ``closed``. No retry."""
+
+    code: str
+
+    def __init__(self, error: RequestRefused, request: httpx2.Request) -> None:
+        response = refusal_response(error, request)
+        openai.APIStatusError.__init__(self, str(error), response=response, body=response.json()["error"])
+        self.__dict__.update(error.__dict__)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return blank, (type(self), self.args), self.__dict__
+
+
 class _HttpClient(DefaultHttpxClient):
     """The SDK's own HTTP client, with its time-outs, limits and proxies."""
 
@@ -91,7 +105,7 @@ class _HttpClient(DefaultHttpxClient):
         model, size, body = asked
         try:
             attempt = session.begin(model, size, _timeout(request))
-        except (Denied, Unavailable) as error:
+        except (Denied, Unavailable, RequestRefused) as error:
             _refuse(error, request)
         if attempt is None:
             return super().send(request, stream=stream, **options)
@@ -123,7 +137,7 @@ class _AsyncHttpClient(DefaultAsyncHttpxClient):
         model, size, body = asked
         try:
             attempt = await session.begin_async(model, size, _timeout(request))
-        except (Denied, Unavailable) as error:
+        except (Denied, Unavailable, RequestRefused) as error:
             _refuse(error, request)
         if attempt is None:
             return await super().send(request, stream=stream, **options)
@@ -207,7 +221,7 @@ def _sized(request: httpx2.Request, kind: str) -> Sized | None:
         if isinstance(body, dict) and body.get("model"):
             return str(body["model"]), of_completion(body) if kind == "completion" else of_embeddings(body), body
     except Exception as error:
-        trouble("an estimate", error)
+        unreserved("an estimate", error)
     return None
 
 
@@ -234,7 +248,9 @@ def _bounded(
     )
 
 
-def _refuse(error: Denied | Unavailable, request: httpx2.Request) -> NoReturn:
+def _refuse(error: Denied | Unavailable | RequestRefused, request: httpx2.Request) -> NoReturn:
     if isinstance(error, Denied):
         raise CallDenied(error, request) from None
+    if isinstance(error, RequestRefused):
+        raise CoordinatorRefused(error, request) from None
     raise CoordinatorUnavailable(error, request) from None
