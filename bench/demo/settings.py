@@ -48,8 +48,8 @@ class Settings:
 
     chats: int = 4
     chat_workload: str = "conversation"
-    quiet_demand: float = 0.20
-    burst_demand: float = 1.20
+    quiet_demand: float = 0.22
+    burst_demand: float = 1.10
     """Parts of the limit that all chat services together want, in the two states."""
     quiet_mean_s: float = 10.0
     burst_mean_s: float = 2.5
