@@ -13,10 +13,14 @@ import pytest
 from paceline.engine.dimensions import Dimension
 from paceline.engine.operations import Release
 from paceline.engine.state import State
+from paceline.ledger.clock import ManualClock
 from paceline.ledger.owner import Owner
 from paceline.ledger.sqlite import SqliteStore
 
 DATA = Path(__file__).parent / "data"
+RECORDED_AT = 1_795_305_600_000_000
+"""The wall clock stands at midnight before the files were written: a ledger's time never runs backwards, so that the
+holds in them are as old as when they were written, on whatever day this runs."""
 
 
 def unpacked(file: Path, folder: Path) -> Path:
@@ -32,7 +36,7 @@ async def test_books_of_the_version_before(file: Path, tmp_path: Path) -> None:
         # Again from what this version has written.
         store = SqliteStore(path)
         await store.open()
-        owner = Owner("default", store.journal("default"))
+        owner = Owner("default", store.journal("default"), clock=ManualClock(wall=RECORDED_AT))
         await owner.start()
         state = owner._books
         assert isinstance(state, State)
