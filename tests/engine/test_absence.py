@@ -11,8 +11,10 @@ from fractions import Fraction
 
 from hypothesis import event, given
 from hypothesis import strategies as st
+from msgspec import structs
 
 from paceline.engine import events as ev
+from paceline.engine.absence import Absence
 from paceline.engine.accounting import Estimate, Profile, Rule, Usage, UsageKind
 from paceline.engine.dimensions import MINUTE_US, SECOND_US, Dimension, Limit, Window
 from paceline.engine.engine import Engine
@@ -21,12 +23,14 @@ from paceline.engine.operations import (
     Candidate,
     Commit,
     DefinePool,
+    DefineShare,
     Disposition,
     Observation,
     Observe,
     Operation,
     Outcome,
     Reading,
+    Release,
     Reserve,
 )
 from paceline.engine.state import State
@@ -60,10 +64,10 @@ class Ledger:
         assert bucket.level == bucket.refilled - bucket.charged + bucket.adjusted
         assert bucket.level <= bucket.burst
 
-    def restart(self) -> None:
+    def restart(self, absence: Absence = Absence(most_us=UNSEEN)) -> None:  # noqa: B008
         """Another process goes on with what the journal has."""
         self.shadow = State.restore(self.shadow.dump())
-        self.engine = Engine("main", State.restore(self.engine.state.dump()), unseen_us=UNSEEN)
+        self.engine = Engine("main", State.restore(self.engine.state.dump()), absence=absence)
 
     @property
     def level(self) -> int:
@@ -202,6 +206,104 @@ def test_a_call_older_than_a_reading_is_not_taken_off_it() -> None:
     # One that came after it is.
     ledger.do(observe(150, 0))
     assert ledger.level <= -90
+
+
+@given(
+    histories,
+    st.integers(-30 * SECOND_US, 60 * SECOND_US),
+    st.integers(0, 60 * SECOND_US),
+    st.sampled_from([0, SECOND_US, 30 * SECOND_US]),
+)
+def test_only_the_time_that_nobody_saw_is_left_out(
+    plan: list[tuple[int, int, int]], alive: int, away: int, most: int
+) -> None:
+    calls = told(plan)
+    ledger = Ledger()
+    for made, tokens, _ in calls:
+        ledger.now = made
+        ledger.do(observe(tokens, 0))
+    died = ledger.now
+    since = died + alive
+    ledger.now = max(died, since) + away
+    ledger.restart(Absence(since=since, most_us=most))
+    ledger.do()
+    # Whoever journalled an event was alive, whatever the lease says.
+    unseen = (max(died, since), min(ledger.now, max(died, since) + most))
+    ideal = upstream(calls, ledger.now, unseen)
+    assert ideal - 2 <= ledger.level <= ideal
+
+
+@given(histories, st.integers(0, 20 * SECOND_US), st.integers(0, 20 * SECOND_US), st.integers(0, 10 * SECOND_US))
+def test_what_may_have_been_granted_and_lost_is_debited(
+    plan: list[tuple[int, int, int]], alive: int, away: int, loss: int
+) -> None:
+    calls = told(plan)
+    plain, debited = Ledger(), Ledger()
+    for ledger in (plain, debited):
+        for made, tokens, _ in calls:
+            ledger.now = made
+            ledger.do(observe(tokens, 0))
+        since = ledger.now + alive
+        ledger.now = since
+        ledger.restart(Absence(since=since, loss_us=loss if ledger is debited else 0))
+        ledger.do()
+    debit = plain.level - debited.level
+    assert debit == max(0, min(AMOUNT * loss // MINUTE_US, plain.level)), "more than there was, or debt of its own"
+    for ledger in (plain, debited):
+        ledger.now += away
+        ledger.do()
+    assert plain.level - debit <= debited.level <= plain.level
+    # It passes.
+    debited.now += (BURST + debit) * MINUTE_US // AMOUNT + MINUTE_US * max(0, -debited.level) // AMOUNT
+    debited.do()
+    assert debited.level == BURST
+
+
+def test_a_refund_after_the_debit_credits_no_second_twice() -> None:
+    ledger = Ledger()
+    ledger.do(Reserve("one", (Candidate("pool", estimate=Estimate(1, 50)),)))
+    ledger.now += 60 * SECOND_US
+    ledger.restart(Absence(since=ledger.now, loss_us=4 * SECOND_US))
+    ledger.do()
+    assert ledger.level == BURST - 40
+    # Had the call never been made, the bucket would have been as full.
+    ledger.do(Release("one"))
+    assert ledger.level == BURST - 40
+
+
+def test_a_reading_from_before_says_nothing_of_the_absence() -> None:
+    for absence in (Absence(most_us=UNSEEN), Absence(loss_us=6 * SECOND_US)):
+        ledger = Ledger()
+        ledger.do(Reserve("one", (Candidate("pool", estimate=Estimate(1, 100)),)))
+        ledger.do(Reserve("two", (Candidate("pool", estimate=Estimate(1, 0)),)))
+        ledger.now += SECOND_US
+        seen = Observation((Reading(TOKENS, limit=AMOUNT, remaining=100),))
+        ledger.do(Commit("one", Outcome(Disposition.SUCCEEDED, Usage(1, 100), UsageKind.FINAL, seen)))
+        before = ledger.level
+        ledger.now += 3 * SECOND_US
+        ledger.restart(structs.replace(absence, since=ledger.now if absence.loss_us else 0))
+        ledger.do()
+        expected = before if absence.most_us else before + 30 - 60
+        assert ledger.level == expected
+        ledger.do(Commit("two", Outcome(Disposition.SUCCEEDED, Usage(1, 0), UsageKind.FINAL)))
+        assert ledger.level == expected, "an old reading has given it back"
+        newer = Observation((Reading(TOKENS, limit=AMOUNT, remaining=150),))
+        ledger.do(Reserve("three", (Candidate("pool", estimate=Estimate(1, 0)),)))
+        ledger.now += 1_000
+        ledger.do(Commit("three", Outcome(Disposition.SUCCEEDED, Usage(1, 0), UsageKind.FINAL, newer)))
+        assert ledger.level >= 150
+
+
+def test_shares_and_gauges_are_not_debited() -> None:
+    ledger = Ledger()
+    gauge = Limit(Dimension.CONCURRENCY, Window.NONE, 10)
+    profile = Profile("both", (*PROFILE.rules, Rule(Dimension.CONCURRENCY, hold_requests=1_000)))
+    tokens = Limit(TOKENS, Window.MINUTE, AMOUNT, BURST)
+    ledger.do(DefinePool("pool", profile, (tokens, gauge)), DefineShare("team", (tokens,)))
+    ledger.do(Observe(Candidate("pool", ("team",)), Outcome(Disposition.NOT_SENT)))
+    ledger.restart(Absence(since=ledger.now, loss_us=6 * SECOND_US))
+    ledger.do()
+    assert [bucket.level for bucket in ledger.engine.state.buckets[:3]] == [BURST - 60, 10, BURST]
 
 
 @given(

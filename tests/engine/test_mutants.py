@@ -7,6 +7,7 @@ wrong; what a test of examples would hardly see.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from functools import partial
 from random import Random
 from typing import Any
 
@@ -15,19 +16,22 @@ from hypothesis import HealthCheck, Phase, Verbosity, settings
 from hypothesis.stateful import RuleBasedStateMachine, run_state_machine_as_test
 from msgspec.structs import replace
 
-from paceline.engine import admission, queue, reconcile, reserving
+from paceline.engine import absence, admission, engine, queue, reconcile, reserving
 from paceline.engine import events as ev
 from paceline.engine import operations as op
+from paceline.engine.adoption import Adopting
 from paceline.engine.books import Books
 from paceline.engine.bucket import Bucket, EndKind
 from paceline.engine.dimensions import GAUGES, WINDOW_US, Window
 from paceline.engine.engine import Engine
 from paceline.engine.peaks import Peaks
+from paceline.engine.queue import Waiter
 from paceline.engine.reserving import Reserving
 from paceline.engine.settling import Settling
 from paceline.engine.state import State
 from paceline.engine.waiting import Waiting
-from tests.engine import tally, test_interval
+from tests.engine import tally, test_absence, test_adoption, test_interval, test_turns
+from tests.engine.test_adoption import AdoptionMachine
 from tests.engine.test_books import BooksMachine, ForgetfulMachine, QueueMachine, RefundMachine
 from tests.engine.test_interval import History
 from tests.engine.test_regressions import CASES
@@ -41,6 +45,10 @@ FORGETFUL: dict[str, Mutation] = {}
 REFUNDS: dict[str, Mutation] = {}
 QUEUE: dict[str, Mutation] = {}
 INTERVAL: dict[str, Mutation] = {}
+ADOPTION: dict[str, Mutation] = {}
+TOLD: dict[str, Mutation] = {}
+LOSS: dict[str, Mutation] = {}
+TURNS: dict[str, Mutation] = {}
 
 
 def mutant(kind: dict[str, Mutation]) -> Callable[[Mutation], Mutation]:
@@ -422,6 +430,97 @@ def nothing_remaining_is_taken_for_no_debt(patch: Patch) -> None:
     wrapped(patch, reconcile, "bounds_of_remaining", bounds)
 
 
+# -- taking over -----------------------------------------------------------------------------------------------------
+
+
+@mutant(ADOPTION)
+def what_was_settled_elsewhere_stays_open(patch: Patch) -> None:
+    patch.setattr(Adopting, "_end", lambda *_: None)
+
+
+@mutant(ADOPTION)
+def an_adopted_grant_begins_anew(patch: Patch) -> None:
+    def alter(state: State, event: Any) -> Any:
+        return None if isinstance(event, ev.Clocked) and event.at < state.at else event
+
+    altered(patch, alter)
+
+
+@mutant(ADOPTION)
+def what_is_adopted_twice_is_charged_twice(patch: Patch) -> None:
+    def adopt(original: Any, self: Any, told: op.Adopt) -> Any:
+        ended = self._books.state.ended.get(told.key)
+        if ended is not None and ended.kind is EndKind.SETTLED and any(ended.charges):
+            self._books.advance_all(ended.buckets)
+            overs = (0,) * len(ended.buckets)
+            event = ev.Booked("", ended.pool, ended.shares, ended.buckets, ended.charges, overs, self._books.now, 0)
+            self._books.emit(event)
+        return original(self, told)
+
+    wrapped(patch, Adopting, "adopt", adopt)
+
+
+@mutant(TOLD)
+def a_bulk_request_is_not_adopted(patch: Patch) -> None:
+    patch.setattr(Adopting, "_together", lambda *_: None)
+
+
+@mutant(TOLD)
+def a_settlement_does_not_replace_an_expiry(patch: Patch) -> None:
+    patch.setattr(Adopting, "_replace", lambda *_: None)
+
+
+@mutant(TOLD)
+def a_waiting_caller_is_not_told(patch: Patch) -> None:
+    patch.setattr(Reserving, "tell", lambda *_: None)
+
+
+@mutant(LOSS)
+def a_debit_is_not_remembered_as_a_peak(patch: Patch) -> None:
+    def lower(self: Bucket, ordinal: int, amount: int) -> None:
+        self.level -= amount
+
+    patch.setattr(Bucket, "lower", lower)
+
+
+@mutant(LOSS)
+def an_old_reading_speaks_of_the_absence(patch: Patch) -> None:
+    patch.setattr(absence, "_doubt_reading", lambda *_: None)
+
+
+@mutant(LOSS)
+def nothing_is_debited(patch: Patch) -> None:
+    altered(patch, lambda state, event: None if isinstance(event, ev.Corrected) and event.adjusted < 0 else event)
+
+
+@mutant(LOSS)
+def the_last_event_counts_and_not_the_lease(patch: Patch) -> None:
+    def begin_after(original: Any, books: Books, known: absence.Absence) -> None:
+        original(books, replace(known, since=0))
+
+    patch.setattr(engine, "begin_after", partial(begin_after, absence.begin_after))
+
+
+@mutant(TURNS)
+def a_waiter_that_comes_back_stands_behind_all(patch: Patch) -> None:
+    patch.setattr(queue, "_turn", lambda head: (head[0].operation.priority, head[0].serial))
+    patch.setattr(Waiter, "arrival", property(lambda self: self.serial, lambda self, value: None))
+
+
+@mutant(TURNS)
+def whoever_comes_back_first_goes_first(patch: Patch) -> None:
+    patch.setattr(Reserving, "_gathers", lambda *_: False)
+
+
+@mutant(TURNS)
+def gathering_ends_with_the_first_step(patch: Patch) -> None:
+    def begin(original: Any, self: Any, answers: Any) -> None:
+        original(self, answers)
+        self._gather_until = min(self._gather_until, self._books.now)
+
+    wrapped(patch, Reserving, "begin", begin)
+
+
 # -- the proof ---------------------------------------------------------------------------------------------------------
 
 HISTORIES = 400
@@ -444,6 +543,34 @@ MACHINES: dict[str, type[RuleBasedStateMachine]] = {
     **dict.fromkeys(FORGETFUL, ForgetfulMachine),
     **dict.fromkeys(REFUNDS, RefundMachine),
     **dict.fromkeys(QUEUE, QueueMachine),
+    **dict.fromkeys(ADOPTION, AdoptionMachine),
+}
+KINDS = (BOOKS, FORGETFUL, REFUNDS, QUEUE, ADOPTION)
+PROPERTIES = {
+    **dict.fromkeys(
+        TOLD,
+        (
+            test_adoption.test_a_settlement_that_was_lost_replaces_an_expiry,
+            test_adoption.test_a_reserve_that_waits_here_gets_the_grant_it_had,
+            test_adoption.test_a_bulk_request_is_known_by_its_own_key,
+        ),
+    ),
+    **dict.fromkeys(
+        LOSS,
+        (
+            test_absence.test_what_may_have_been_granted_and_lost_is_debited,
+            test_absence.test_only_the_time_that_nobody_saw_is_left_out,
+            test_absence.test_a_refund_after_the_debit_credits_no_second_twice,
+            test_absence.test_a_reading_from_before_says_nothing_of_the_absence,
+        ),
+    ),
+    **dict.fromkeys(
+        TURNS,
+        (
+            test_turns.test_places_are_kept_within_a_batch,
+            test_turns.test_places_are_kept_over_batches_that_come_while_gathering,
+        ),
+    ),
 }
 
 
@@ -472,7 +599,7 @@ def test_the_interval_as_it_is_passes() -> None:
 
 @pytest.mark.parametrize("name", MACHINES)
 def test_a_broken_engine_is_caught(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    {**BOOKS, **FORGETFUL, **REFUNDS, **QUEUE}[name](monkeypatch)
+    next(kind[name] for kind in KINDS if name in kind)(monkeypatch)
     tally.example(f"mutant: {name}")
     assert is_caught(MACHINES[name])
 
@@ -484,3 +611,15 @@ def test_a_broken_interval_is_caught(name: str, monkeypatch: pytest.MonkeyPatch)
     with pytest.raises(AssertionError):  # noqa: PT012 -- any of many histories
         for seed in range(HISTORIES):
             History(Random(seed), 3 + seed % 12).run()
+
+
+@pytest.mark.parametrize("name", PROPERTIES)
+def test_a_broken_beginning_is_caught(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    {**TOLD, **LOSS, **TURNS}[name](monkeypatch)
+    tally.example(f"mutant: {name}")
+    for check in PROPERTIES[name]:
+        # Without making the counter-example small.
+        monkeypatch.setattr(check, "_hypothesis_internal_use_settings", FAST, raising=False)
+    with pytest.raises(AssertionError):  # noqa: PT012 -- any of these properties
+        for check in PROPERTIES[name]:
+            check()

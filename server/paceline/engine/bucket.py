@@ -49,6 +49,10 @@ class EndKind(IntEnum):
     """A bulk request: its reservations are in ``keys``."""
 
 
+# Looked up once: an attribute of an enumeration costs as much as ten of these, on the path of every call.
+_SETTLED, _EXPIRED, _MINUTE = EndKind.SETTLED, EndKind.EXPIRED, Window.MINUTE
+
+
 class Constraint(msgspec.Struct, array_like=True, gc=False):
     """The newest reading of this dimension, standing until a newer one: see :mod:`paceline.engine.reconcile`.
 
@@ -122,7 +126,7 @@ class Bucket(msgspec.Struct, array_like=True):
     @property
     def is_read(self) -> bool:
         """Whether readings speak of it."""
-        return not self.share and self.window is Window.MINUTE
+        return self.window is _MINUTE and not self.share
 
     # -- time ---------------------------------------------------------------------------------------------------
 
@@ -196,13 +200,15 @@ class Bucket(msgspec.Struct, array_like=True):
 
     def open(self, ordinal: int, at: int, hold: int, over: int) -> None:
         """A reservation, the ``ordinal``-th, holds ``hold``; upstream may count ``over`` beyond it."""
-        if self.burst - self.level <= self.held + self.refundable:
+        level, held = self.level, self.held
+        if self.burst - level <= held + self.refundable:
             self._remember(ordinal)
-        self.level -= hold
+        self.level = level - hold
         self.charged += hold
-        self.held += hold
+        self.held = held + hold
         self.granted += hold
-        self.over += over
+        if over:
+            self.over += over
         constraint = self.constraint
         if constraint is not None and at > constraint.until:
             constraint.after += hold
@@ -245,17 +251,18 @@ class Bucket(msgspec.Struct, array_like=True):
     ) -> None:
         """The hold of a reservation, the ``since``-th, ended at ``at`` with ``charge``."""
         self.held -= hold
-        self.over -= over
-        if kind is EndKind.SETTLED:
+        if over:
+            self.over -= over
+        if kind is _SETTLED:
             self.settled += hold
-        elif kind is EndKind.EXPIRED:
+        elif kind is _EXPIRED:
             self.expired += hold
             self.refundable += charge
         else:
             self.released += hold
         if charge != hold:
             self.recharge(since, newest, hold, charge, forfeit)
-        if self.is_read:
+        if self.window is _MINUTE and not self.share:
             self.note_end(at, granted_at, hold, charge, over_now)
 
     def recharge(self, since: int, newest: int, old: int, new: int, forfeit: int) -> None:
@@ -265,7 +272,9 @@ class Bucket(msgspec.Struct, array_like=True):
             self.lower(newest + 1, new - old)
         elif new < old:
             self.refilled -= forfeit
-            self.refund(since, old - new - forfeit)
+            amount = old - new - forfeit
+            if amount or self.level >= self.burst:
+                self.refund(since, amount)
 
     def withhold(self, since: int, until: int, refilled: int, carry: int, lost: int) -> None:
         """Refill to ``since``, then move to ``until`` without: nobody saw what was used meanwhile."""
@@ -306,7 +315,7 @@ class Bucket(msgspec.Struct, array_like=True):
         self.level += amount
         if self.level >= self.burst:
             self.carry = 0
-        if self.peaks.levels:
+        if amount and self.peaks.levels:
             self.peaks.raise_since(since, amount)
 
     def move_burst(self, burst: int) -> None:

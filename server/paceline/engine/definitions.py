@@ -40,23 +40,6 @@ class Definitions:
             return self._pause(operation)
         raise TypeError(f"not an operation: {type(operation).__name__}")
 
-    def withhold(self, unseen_us: int) -> None:
-        """Begin anew after an absence: its refill, of the first ``unseen_us`` at most, is not counted.
-
-        Callers went on by their shares, which add up to the limits, so all of it may be used. What turns out to have
-        been used, as the calls are reported, takes the place of the loss; the rest is a level too low by what one
-        absence refills at most, until the bucket is full or a reading shows more.
-        """
-        since, now = self._state.at, self._books.now
-        until = min(now, since + unseen_us)
-        for number, bucket in enumerate(self._state.buckets):
-            window = WINDOW_US.get(bucket.window)
-            if window is None or until <= since or bucket.amount >= UNLIMITED:
-                continue
-            refilled, carry = bucket.refill(since)
-            lost = bucket.amount * (until - since) // window
-            self._books.emit(ev.Withheld(number, since, until, refilled, carry, lost))
-
     def _pool(self, operation: op.DefinePool) -> Answer:
         state = self._state
         name = operation.pool

@@ -4,7 +4,8 @@
 once; nothing else ever changes the books, and an event carries results, so replaying the journal needs no decision.
 
 Where to find what: Reserve, waiting and granting in :mod:`~paceline.engine.reserving`; Commit, Release, Renew and
-expiry in :mod:`~paceline.engine.settling`; readings of headers in :mod:`~paceline.engine.teaching`; pools, shares and
+expiry in :mod:`~paceline.engine.settling`; taking over in :mod:`~paceline.engine.absence` and
+:mod:`~paceline.engine.adoption`; readings of headers in :mod:`~paceline.engine.teaching`; pools, shares and
 limits in :mod:`~paceline.engine.definitions`; one dimension's arithmetic in :mod:`~paceline.engine.bucket`.
 """
 
@@ -16,13 +17,15 @@ import msgspec
 
 from paceline.engine import events as ev
 from paceline.engine import operations as op
+from paceline.engine.absence import Absence, begin_after
+from paceline.engine.adoption import Adopting
 from paceline.engine.answers import Answer
 from paceline.engine.books import Books, Caps
 from paceline.engine.definitions import Definitions
 from paceline.engine.operations import Operation
 from paceline.engine.reserving import Reserving
 from paceline.engine.settling import Settling
-from paceline.engine.state import State
+from paceline.engine.state import FORMAT, State
 from paceline.engine.stats import Stats
 from paceline.engine.teaching import Teacher
 from paceline.engine.waiting import Waiters
@@ -47,9 +50,13 @@ class Engine:
         ledger: str,
         state: State | None = None,
         caps: Caps = Caps(),  # noqa: B008
-        unseen_us: int = 0,
+        absence: Absence | None = None,
+        form: int = FORMAT,
     ) -> None:
-        """``unseen_us``: for how long callers may have gone on by themselves after the last event of ``state``."""
+        """``absence``: what is known of the time after the last event of ``state``; ``None``: nothing was missed.
+
+        ``form``: no kind of event is made that came with a later form. See :attr:`form`.
+        """
         self.state = State(ledger) if state is None else state
         self.stats = Stats()
         self._books = Books(self.state, caps)
@@ -57,7 +64,11 @@ class Engine:
         self._teacher = Teacher(self._books, self._definitions, self.stats)
         self._reserving = Reserving(self._books, self._teacher, self.stats)
         self._settling = Settling(self._books, self._reserving, self._teacher, self.stats)
-        self._unseen_us = unseen_us if self.state.at else 0
+        self._adopting = Adopting(self._books, self._reserving, self._settling, self._teacher)
+        self._absence = absence
+        self.form = form
+        """The form of the journal that is in force. It may be raised between steps, when an operator has finalized an
+        upgrade."""
 
     def step(self, now: int, operations: Sequence[tuple[int, Operation]]) -> Step:
         """Decide a batch at ``now`` (µs of ledger time; earlier than before counts as before).
@@ -68,9 +79,10 @@ class Engine:
         answers: list[tuple[int, Answer]] = []
         books.begin(now)
         self.stats.hindsight.begin(books.state.buckets, books.now)
-        if self._unseen_us:
-            self._definitions.withhold(self._unseen_us)
-            self._unseen_us = 0
+        absence, self._absence = self._absence, None
+        if absence is not None:
+            begin_after(books, absence)
+            reserving.gather(books.now + absence.gather_us)
         reserving.begin(answers)
         settling.expire()
         for ticket, operation in operations:
@@ -86,6 +98,8 @@ class Engine:
                 answers.append((ticket, settling.observe(operation)))
             elif isinstance(operation, op.Expire):
                 answers.append((ticket, settling.expire_now(operation)))
+            elif isinstance(operation, op.Adopt):
+                answers.append((ticket, self._adopting.adopt(operation)))
             else:
                 answers.append((ticket, self._definitions.define(operation)))
         reserving.serve()

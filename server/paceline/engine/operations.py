@@ -10,8 +10,9 @@ from enum import IntEnum
 
 import msgspec
 
-from paceline.engine.accounting import Estimate, Prices, Profile, Usage, UsageKind
-from paceline.engine.dimensions import Dimension, Limit
+from paceline.engine.accounting import Estimate, Prices, Profile, Sizes, Usage, UsageKind
+from paceline.engine.bucket import EndKind
+from paceline.engine.dimensions import Dimension, Limit, Window
 
 NO_PRICES = Prices()
 
@@ -190,6 +191,50 @@ class Expire(msgspec.Struct, frozen=True, tag=True, gc=False):
     key: str
 
 
+class Amounts(msgspec.Struct, frozen=True, array_like=True, gc=False):
+    """What one reservation held, and what it was charged, in one limit.
+
+    The limit is named, since its number in two lives of a ledger may differ: an empty ``pool`` is that of a spend cap.
+    ``over`` is what upstream may have counted beyond the hold, or beyond the charge once there is one.
+    """
+
+    pool: str
+    share: str
+    dimension: Dimension
+    window: Window
+    hold: int
+    over: int = 0
+    charge: int = 0
+
+
+class Adopt(msgspec.Struct, frozen=True, tag=True, gc=False):
+    """What another owner of this ledger has told a caller of one reservation, in records that the store has lost.
+
+    ``at`` is when it was first told of, in what was lost; ``kind`` is how it ended there (``None``: it is open). Times
+    are ledger time in µs. ``granted_at`` of ``None``: it was never granted. ``keys`` are the reservations of a bulk
+    request.
+    """
+
+    key: str
+    at: int
+    kind: EndKind | None = None
+    granted_at: int | None = None
+    expires_at: int = 0
+    pool: str = ""
+    shares: tuple[str, ...] = ()
+    tenant: str = ""
+    route: str = ""
+    priority: Priority = Priority.STANDARD
+    amounts: tuple[Amounts, ...] = ()
+    sizes: Sizes | None = None
+    prices: Prices = NO_PRICES
+    index: int = 0
+    output_tokens: int | None = None
+    max_output_tokens: int | None = None
+    cost: int = 0
+    keys: tuple[str, ...] = ()
+
+
 class DefinePool(msgspec.Struct, frozen=True, tag=True, gc=False):
     """Create a pool, or bring it to a new definition without touching what it has learned beyond that.
 
@@ -257,6 +302,7 @@ Operation = (
     | Renew
     | Observe
     | Expire
+    | Adopt
     | DefinePool
     | DefineShare
     | DefineSpend

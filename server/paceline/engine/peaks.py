@@ -23,13 +23,14 @@ class Peaks(msgspec.Struct, array_like=True):
     def push(self, ordinal: int, level: int) -> None:
         """The level stood at ``level`` before the lowering ``ordinal``, the newest."""
         ordinals, levels = self.ordinals, self.levels
-        while levels and levels[-1] + self.lift <= level:
+        lifted = level - self.lift
+        while levels and levels[-1] <= lifted:
             ordinals.pop()
             levels.pop()
         if not levels:
-            self.lift = 0
+            self.lift, lifted = 0, level
         ordinals.append(ordinal)
-        levels.append(level - self.lift)
+        levels.append(lifted)
         if len(levels) > MAX_PEAKS:
             self._coarsen()
 
@@ -47,11 +48,10 @@ class Peaks(msgspec.Struct, array_like=True):
         # Of the two parts the shorter one is walked; `lift` moves the other.
         if first <= count // 2:
             self.lift += amount
-            for place in range(first):
-                levels[place] -= amount
+            if first:
+                levels[:first] = [level - amount for level in levels[:first]]
         else:
-            for place in range(first, count):
-                levels[place] += amount
+            levels[first:] = [level + amount for level in levels[first:]]
         hidden = first
         while hidden and levels[hidden - 1] <= levels[first]:
             hidden -= 1

@@ -1,4 +1,4 @@
-"""Who is next. The seam of the queue discipline: today the more urgent first, then first come, first served.
+"""Who is next. The seam of the queue discipline: today the more urgent first, then who has waited longest.
 
 A discipline keeps the waiters of one pool in the order of their turns. It knows nothing of levels: the engine asks for
 the heads, and serves or leaves them. Waiters of different priorities and shares stand in lanes of their own, so that
@@ -7,8 +7,8 @@ the urgent never stand behind the patient, and those whom only the cap of their 
 
 from __future__ import annotations
 
-from collections import deque
 from collections.abc import Collection, Iterator
+from heapq import heapify, heappop, heappush
 
 import msgspec
 
@@ -36,16 +36,18 @@ class Option(msgspec.Struct, eq=False, gc=False):
 class Waiter:
     """A Reserve that waits in the lines of all its options; ``tickets`` are all callers that sent it.
 
-    ``deadline`` is the latest that any of them has given.
+    ``deadline`` is the latest that any of them has given. ``arrival`` is when the wait began, elsewhere maybe: what it
+    was there before ``since`` counts.
     """
 
-    __slots__ = ("deadline", "operation", "options", "serial", "since", "tickets", "waiting")
+    __slots__ = ("arrival", "deadline", "operation", "options", "serial", "since", "tickets", "waiting")
 
     def __init__(self, operation: Reserve, options: tuple[Option, ...], ticket: int, since: int, serial: int) -> None:
         self.operation = operation
         self.options = options
         self.tickets = [ticket]
         self.since = self.deadline = since
+        self.arrival = since - operation.waited_us
         self.serial = serial
         self.waiting = True
 
@@ -54,13 +56,20 @@ LaneKey = tuple[Priority, tuple[str, ...]]
 """A priority and a path of shares."""
 
 
+_SPARE = 256
+"""Places of those that left, kept beyond as many as wait, before they are swept."""
+
+_Place = tuple[int, int, int, Waiter, Option]
+"""Arrival, serial, index of the option: no two are equal."""
+
+
 class _Lane:
-    """Waiters of one key, in the order of arrival. Those that left are dropped at the head."""
+    """Waiters of one key: a heap by arrival. Those that left are dropped at the head."""
 
     __slots__ = ("line", "size", "wanted")
 
     def __init__(self) -> None:
-        self.line: deque[tuple[Waiter, Option]] = deque()
+        self.line: list[_Place] = []
         self.wanted: dict[int, int] = {}
         self.size = 0
 
@@ -72,9 +81,10 @@ class _Lane:
     def head(self) -> tuple[Waiter, Option] | None:
         line = self.line
         while line:
-            if line[0][1].open:
-                return line[0]
-            line.popleft()
+            _, _, _, waiter, option = line[0]
+            if option.open:
+                return waiter, option
+            heappop(line)
         return None
 
 
@@ -89,16 +99,16 @@ class StrictPriority:
         return self._size
 
     def __iter__(self) -> Iterator[Waiter]:
-        """All that wait, lane by lane; one with several options here comes up once for each."""
-        return (waiter for lane in self._lanes.values() for waiter, option in lane.line if option.open)
+        """All that wait, in no order; one with several options here comes up once for each."""
+        return (waiter for lane in self._lanes.values() for _, _, _, waiter, option in lane.line if option.open)
 
     def push(self, waiter: Waiter, option: Option) -> None:
-        """Stand behind all of the same lane that came before."""
+        """Stand behind all of the same lane that began to wait before."""
         key = lane_of(waiter, option)
         lane = self._lanes.get(key)
         if lane is None:
             lane = self._lanes[key] = _Lane()
-        lane.line.append((waiter, option))
+        heappush(lane.line, (waiter.arrival, waiter.serial, option.index, waiter, option))
         lane.size += 1
         self._size += 1
         lane.want(option, 1)
@@ -114,6 +124,9 @@ class StrictPriority:
             del self._lanes[key]
             return
         lane.want(option, -1)
+        if len(lane.line) > 2 * lane.size + _SPARE:
+            lane.line = [place for place in lane.line if place[4].open]
+            heapify(lane.line)
 
     def refit(
         self, waiter: Waiter, option: Option, buckets: tuple[int, ...], holds: tuple[int, ...], recipe: Recipe
@@ -147,6 +160,6 @@ def lane_of(waiter: Waiter, option: Option) -> LaneKey:
     return waiter.operation.priority, option.shares
 
 
-def _turn(head: tuple[Waiter, Option]) -> tuple[Priority, int]:
+def _turn(head: tuple[Waiter, Option]) -> tuple[Priority, int, int]:
     waiter = head[0]
-    return waiter.operation.priority, waiter.serial
+    return waiter.operation.priority, waiter.arrival, waiter.serial

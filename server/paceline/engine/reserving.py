@@ -40,6 +40,11 @@ class Reserving:
         self.answers: list[tuple[int, Answer]] = []
         self.granted: list[tuple[int, str]] = []
         """(expiry, key) of what this step granted."""
+        self._gather_until = 0
+
+    def gather(self, until: int) -> None:
+        """Until then let all wait that are willing to: those that come back have not all come."""
+        self._gather_until = until
 
     def begin(self, answers: list[tuple[int, Answer]]) -> None:
         """Start a step."""
@@ -75,6 +80,9 @@ class Reserving:
             option = Option(index, candidate.pool, candidate.shares, numbers, holds, sizes, recipe, together)
             if self._fits_now(option, operation):
                 observed = self._is_observed(candidate.pool, operation)
+                if not observed and self._gathers(operation):
+                    options.append(option)
+                    continue
                 if not observed or self._hindsight.shadow.allows(numbers, holds):
                     self._grant(operation, option, [ticket], 0, an.Would() if observed else None)
                     return
@@ -83,6 +91,14 @@ class Reserving:
             self._wait_or_deny(ticket, operation, options)
         else:
             self._refuse(ticket, "candidates", "names no candidate")
+
+    def _gathers(self, operation: op.Reserve) -> bool:
+        """Whether this one is not granted now, although it fits: others may have begun to wait before it.
+
+        One that waited elsewhere is served at the end of the step: of those that come with it, any may be before it.
+        """
+        coming_back = operation.waited_us > 0 or self._books.now < self._gather_until
+        return coming_back and operation.max_wait_us > 0 and not self.waiting.is_full(operation.tenant)
 
     def _wait_or_deny(self, ticket: int, operation: op.Reserve, options: list[Option]) -> None:
         """Nothing fits now."""
@@ -230,7 +246,7 @@ class Reserving:
                 lane = lane_of(waiter, head)
                 if self._claims_of_shares(waiter, [head], claimed) and lane != (priority, option.shares):
                     aside.add(lane)
-        verdicts = [Verdict(blocked, blocked, Reason.BLOCKED, None)]
+        verdicts = [Verdict(blocked, blocked, Reason.BLOCKED, None)] if blocked else []
         for number, hold in zip(option.buckets, option.holds, strict=True):
             self._teacher.lapse(number, now)
             bucket = state.buckets[number]
@@ -328,6 +344,17 @@ class Reserving:
     def _refuse(self, ticket: int, field: str, message: str, *, full: bool = False) -> None:
         self.answers.append((ticket, an.Invalid(field, message, full)))
 
+    # -- another owner's decisions ----------------------------------------------------------------------------------
+
+    def tell(self, key: str) -> None:
+        """What is known of ``key`` came from elsewhere: answer those that wait for it here."""
+        if key not in self.waiting:
+            return
+        waiter = self.waiting[key]
+        self.waiting.leave(waiter)
+        for ticket in waiter.tickets:
+            self._seen_before(ticket, waiter.operation)
+
     # -- turns --------------------------------------------------------------------------------------------------
 
     def withdraw(self, key: str) -> None:
@@ -344,6 +371,9 @@ class Reserving:
         if self._laid_out != self._books.generation:
             self._laid_out = self._books.generation
             self.waiting.refit(self._books)
+        if self._books.now < self._gather_until:
+            self._time_out()
+            return
         moved = bool(self.waiting.lines)
         while moved:
             moved = False
@@ -411,6 +441,8 @@ class Reserving:
         """When a deadline comes or somebody's turn, if nothing is given back before."""
         deadline = self.waiting.next_deadline()
         times = [] if deadline is None else [deadline]
+        if self._books.now < self._gather_until:
+            return min([*times, self._gather_until]) if times else None
         for line in self.waiting.lines.values():
             claimed: set[int] = set()
             for waiter, head in line.heads():

@@ -86,7 +86,7 @@ class Settling:
         books = self._books
         numbers = reservation.buckets
         charged = self._charge_reservation(reservation, outcome)
-        forfeits = self._forfeits(numbers, reservation.holds, charged.amounts, reservation.ordinal)
+        forfeits = self.forfeits(numbers, reservation.holds, charged.amounts, reservation.ordinal)
         books.emit(ev.Settled(reservation.key, charged.amounts, forfeits, charged.overs, charged.cost))
         self._stats.settled(reservation.pool, outcome)
         self._hindsight.settled(
@@ -123,7 +123,7 @@ class Settling:
         charged = self._charge(
             ended.pool, ended.buckets, ended.holds, ended.prices, ended.sizes, ended.output_tokens, outcome
         )
-        forfeits = self._forfeits(ended.buckets, charges, charged.amounts, ended.ordinal, ended.ended_at)
+        forfeits = self.forfeits(ended.buckets, charges, charged.amounts, ended.ordinal, ended.ended_at)
         books.emit(ev.Replaced(operation.key, charged.amounts, forfeits, charged.overs, charged.cost))
         self._stats.settled(ended.pool, outcome)
         self._hindsight.settled(operation.key, ended.pool, "", outcome, charged.amounts, forfeits)
@@ -287,7 +287,7 @@ class Settling:
         amounts, overs = recipe.charges(usage, prices, holds, most)
         return Charged(recipe.by_dimension(amounts), amounts, overs, amounts[recipe.spend])
 
-    def _forfeits(
+    def forfeits(
         self,
         numbers: tuple[int, ...],
         holds: tuple[int, ...],
@@ -339,7 +339,7 @@ class Settling:
             return self._release_all(ended.keys)
         if ended.kind is EndKind.EXPIRED:
             nothing = (0,) * len(ended.buckets)
-            forfeits = self._forfeits(ended.buckets, ended.charges, nothing, ended.ordinal, ended.ended_at)
+            forfeits = self.forfeits(ended.buckets, ended.charges, nothing, ended.ordinal, ended.ended_at)
             self._books.emit(ev.Replaced(key, nothing, forfeits, nothing, 0, released=True))
             self._teacher.hold_to_readings(ended.buckets, self._books.now)
             return an.Released(released=True, late=True)
@@ -354,7 +354,7 @@ class Settling:
 
     def _release_open(self, reservation: Reservation) -> None:
         nothing = (0,) * len(reservation.holds)
-        forfeits = self._forfeits(reservation.buckets, reservation.holds, nothing, reservation.ordinal)
+        forfeits = self.forfeits(reservation.buckets, reservation.holds, nothing, reservation.ordinal)
         self._books.emit(ev.Released(reservation.key, forfeits))
         self._hindsight.released(reservation.key, forfeits)
         self._teacher.hold_to_readings(reservation.buckets, self._books.now)
@@ -384,7 +384,7 @@ class Settling:
     def _expire(self, reservation: Reservation) -> None:
         charged = self._charge_reservation(reservation, _NO_ANSWER)
         numbers = reservation.buckets
-        forfeits = self._forfeits(numbers, reservation.holds, charged.amounts, reservation.ordinal)
+        forfeits = self.forfeits(numbers, reservation.holds, charged.amounts, reservation.ordinal)
         self._books.emit(ev.Expired(reservation.key, charged.amounts, forfeits, charged.overs, charged.cost))
         self._teacher.hold_to_readings(numbers, self._books.now)
         self._stats.expired(reservation.pool)
@@ -434,7 +434,7 @@ class Settling:
             books.advance_all(reservation.buckets)
             forfeits: tuple[int, ...] = ()
             if shrunk:
-                forfeits = self._forfeits(reservation.buckets, reservation.holds, holds, reservation.ordinal)
+                forfeits = self.forfeits(reservation.buckets, reservation.holds, holds, reservation.ordinal)
             changed = None if sizes == reservation.sizes else sizes
             books.emit(ev.Renewed(operation.key, expires_at, output, holds, overs, changed, forfeits))
             if expires_at != reservation.expires_at:

@@ -24,6 +24,9 @@ CHUNK_ENTRIES = 1_000
 FORMAT = 2
 """Version of the snapshot's form. One that only adds fields with defaults reads the one before."""
 OLDEST_FORMAT = 1
+"""The oldest that is read."""
+WRITTEN_FORMATS = (FORMAT,)
+"""Those that can be written: the newest, and the one before as long as an upgrade may not be finalized."""
 
 
 class Reservation(msgspec.Struct, frozen=True, array_like=True, gc=False):
@@ -185,11 +188,17 @@ class State:
 
     # -- snapshots ----------------------------------------------------------------------------------------------
 
-    def dump(self) -> Iterator[Chunk]:
-        """The state in chunks, as it is when the first is taken, whatever happens between the chunks."""
+    def dump(self, form: int = FORMAT) -> Iterator[Chunk]:
+        """The state in chunks, as it is when the first is taken, whatever happens between the chunks.
+
+        ``form`` is the version to write it in, for a version before this one to read. Raises ``ValueError``, when the
+        first chunk is taken, if it is not one of :data:`WRITTEN_FORMATS`.
+        """
+        if form not in WRITTEN_FORMATS:
+            raise ValueError(f"this version writes snapshots of format {WRITTEN_FORMATS}, not {form}")
         head = _encode(
             Head(
-                FORMAT,
+                form,
                 self.ledger,
                 self.at,
                 self.ordinal,

@@ -59,7 +59,7 @@ class Waiting:
         return len(self._waiters)
 
     def __iter__(self) -> Iterator[Waiter]:
-        """Those that wait, in the order of arrival. They may come and go meanwhile."""
+        """Those that wait, in the order in which they came here. They may come and go meanwhile."""
         return (waiter for waiter in list(self._waiters.values()) if waiter.waiting)
 
     def __contains__(self, key: str) -> bool:
@@ -164,7 +164,7 @@ class Waiters:
         return len(self._waiting)
 
     def __iter__(self) -> Iterator[Pending]:
-        """In the order of arrival. Whoever leaves before its turn comes up is left out."""
+        """In the order in which they came here. Whoever leaves before its turn comes up is left out."""
         return map(_pending, self._waiting)
 
     def get(self, key: str) -> Pending | None:
