@@ -8,6 +8,7 @@ from typing import Any
 
 import msgspec
 
+from paceline.engine.absence import Absence
 from paceline.engine.answers import Answer, Invalid
 from paceline.engine.operations import Operation, Release
 from paceline.ledger.journal import Loaded, Mark, Record, StoreUnavailable
@@ -26,7 +27,9 @@ class Books:
             raise KeyError(event)
         self.keys.append(event)
 
-    def dump(self) -> Iterator[bytes]:
+    def dump(self, form: int = 7) -> Iterator[bytes]:
+        if form != 7:
+            raise ValueError("not a form that is written")
         keys = list(self.keys)
         yield b"head"
         for start in range(0, len(keys), 100):
@@ -51,6 +54,7 @@ class Decider:
     def __init__(self, machine: Machine, books: Books) -> None:
         self.machine = machine
         self.books = books
+        self.form = machine.form
         self.waiting: list[tuple[int, int]] = []
 
     def step(self, now: int, operations: Sequence[tuple[int, Operation]]) -> Step:
@@ -87,6 +91,7 @@ class Machine:
     """Of :class:`Decider`."""
 
     form = 7
+    forms = (7, 7)
 
     def __init__(self) -> None:
         self.steps: list[tuple[int, list[str]]] = []
@@ -108,7 +113,7 @@ class Machine:
         books.keys = [key for chunk in keys for key in chunk.decode().split("\n")]
         return books
 
-    def decider(self, ledger: str, books: Any) -> Decider:
+    def decider(self, ledger: str, books: Any, absence: Absence | None = None, form: int | None = None) -> Decider:
         return Decider(self, books)
 
 

@@ -124,14 +124,14 @@ class ManualClock:
 
 
 class LedgerTime:
-    """A ledger's own time: starts at the later of ``floor`` (the last journalled time) and the wall clock,
-    then counts monotonic time. Never runs backwards, whatever the wall clock does."""
+    """A ledger's own time: starts at the later of ``floor`` (the last journalled time) and ``start`` (``None``: the
+    wall clock), then counts monotonic time. Never runs backwards, whatever the wall clock does."""
 
     __slots__ = ("_base", "_clock")
 
-    def __init__(self, clock: Clock, floor: int) -> None:
+    def __init__(self, clock: Clock, floor: int, start: int | None = None) -> None:
         self._clock = clock
-        self._base = max(floor, clock.wall()) - clock.monotonic()
+        self._base = max(floor, clock.wall() if start is None else start) - clock.monotonic()
 
     def now(self) -> int:
         """Ledger time in µs."""

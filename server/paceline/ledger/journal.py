@@ -128,12 +128,25 @@ class Mark(msgspec.Struct, frozen=True, gc=False):
     digest: bytes
 
 
+class Beginning(msgspec.Struct, frozen=True):
+    """What the owner of a shared journal finds when it begins. Ledger times in µs."""
+
+    now: int
+    """The ledger time of the acquisition: the last journalled time plus the store's time since."""
+    seen_until: int | None
+    """Until then the owner before was alive; ``None``: there was none."""
+    is_new_primary: bool
+    """The store's primary is not the one that the owner before wrote to: it may lack that owner's last records."""
+    took_over: bool = False
+    """The owner before had not let go."""
+
+
 class Loaded(msgspec.Struct):
     """What a ledger's journal holds: the snapshot (``None``: there is none) and the records after it.
 
     ``pages`` must be read to its end before the first append; each page is a list of verified records, oldest
     first, and reading on may raise :class:`StoreError`. ``check`` is the newest lone :class:`Mark`, if later
-    than the snapshot.
+    than the snapshot. The rest is of shared journals.
     """
 
     epoch: int
@@ -141,6 +154,13 @@ class Loaded(msgspec.Struct):
     chunks: Sequence[bytes]
     check: Mark | None
     pages: AsyncIterator[list[Record]]
+    form: int | None = None
+    """The form that owners may write."""
+    resumed: bool = False
+    """``pages`` go on behind the record that the reader already has; there is no snapshot to read."""
+    is_empty: bool = False
+    """The store has nothing, and needs the reader's books."""
+    beginning: Beginning | None = None
 
 
 class Chain:

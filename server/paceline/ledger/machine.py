@@ -5,11 +5,13 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, Protocol
 
-from paceline.engine import events
+from paceline.engine import events as ev
+from paceline.engine.absence import Absence
 from paceline.engine.answers import Answer
 from paceline.engine.engine import Caps, Engine
+from paceline.engine.events import Event
 from paceline.engine.operations import Operation
-from paceline.engine.state import FORMAT, State
+from paceline.engine.state import FORMAT, OLDEST_FORMAT, State
 
 
 class Books(Protocol):
@@ -19,8 +21,11 @@ class Books(Protocol):
         """Fold one event; raises if it does not fit."""
         ...
 
-    def dump(self) -> Iterator[bytes]:
-        """The state in chunks, each about a millisecond's work, as it is when the first is taken."""
+    def dump(self, form: int = ..., /) -> Iterator[bytes]:
+        """The state in chunks, each about a millisecond's work, as it is when the first is taken.
+
+        ``form``: the version to write it in; the newest if left out.
+        """
         ...
 
 
@@ -40,6 +45,9 @@ class Decision(Protocol):
 class Decider(Protocol):
     """Decides batches, and has folded what it decided into its books when it returns."""
 
+    form: int
+    """The version in force, which may be raised between steps."""
+
     def step(self, now: int, operations: Sequence[tuple[int, Operation]], /) -> Decision: ...
 
 
@@ -48,7 +56,12 @@ class Machine(Protocol):
 
     @property
     def form(self) -> int:
-        """The version of what :meth:`Books.dump` gives. Dumps of two versions cannot be compared."""
+        """The newest version of events and dumps that it reads and writes. Dumps of two versions cannot be compared."""
+        ...
+
+    @property
+    def forms(self) -> tuple[int, int]:
+        """The oldest version that it reads, and the newest."""
         ...
 
     def form_of(self, chunk: bytes, /) -> int:
@@ -60,8 +73,12 @@ class Machine(Protocol):
         """Books from what :meth:`Books.dump` gave; raises if that cannot be."""
         ...
 
-    def decider(self, ledger: str, books: Any) -> Decider:
-        """A decider over books of this machine, with nobody waiting."""
+    def decider(self, ledger: str, books: Any, absence: Absence | None = None, form: int | None = None) -> Decider:
+        """A decider over books of this machine, with nobody waiting.
+
+        ``absence`` is what is known of the time since the newest event; ``None``: nothing is. ``form`` is the version
+        in force (``None``: the newest): no event is made that the version of that form could not read.
+        """
         ...
 
     def encode(self, events: Sequence[Any], /) -> bytes: ...
@@ -73,13 +90,16 @@ class EngineMachine:
 
     def __init__(self, caps: Caps | None = None, unseen_us: int = 0) -> None:
         self._caps = Caps() if caps is None else caps
-        self._unseen_us = unseen_us
-        self.encode = events.encode
-        self.decode = events.decode
+        self._unknown = Absence(most_us=unseen_us)
+        """What is known of an absence of which nothing is told."""
 
     @property
     def form(self) -> int:
         return FORMAT
+
+    @property
+    def forms(self) -> tuple[int, int]:
+        return OLDEST_FORMAT, FORMAT
 
     def form_of(self, chunk: bytes, /) -> int:
         return State.format_of(chunk)
@@ -93,5 +113,12 @@ class EngineMachine:
             raise ValueError("the snapshot is of another ledger")
         return state
 
-    def decider(self, ledger: str, books: State) -> Engine:
-        return Engine(ledger, books, self._caps, self._unseen_us)
+    def decider(self, ledger: str, books: State, absence: Absence | None = None, form: int | None = None) -> Engine:
+        known = self._unknown if absence is None else absence
+        return Engine(ledger, books, self._caps, known, self.form if form is None else form)
+
+    def encode(self, events: Sequence[Event], /) -> bytes:
+        return ev.encode(events)
+
+    def decode(self, data: bytes, /) -> Sequence[Event]:
+        return ev.decode(data)

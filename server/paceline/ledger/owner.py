@@ -7,6 +7,10 @@ flight, or at once if there is none.
 
 Whatever goes wrong, the journal is the truth: the owner throws its books away, loads them again, and says
 :class:`LedgerUnavailable` to everybody who has no answer yet. They ask again under the same ids.
+
+Over a store that several processes share it is the other way round as long as this process is the owner: what it has
+acknowledged, it knows, and a store that is away, or comes back without its last writes, is waited for and told again.
+Only when another owner has taken over does it throw its books away, and hands over what its successor cannot know.
 """
 
 from __future__ import annotations
@@ -14,20 +18,34 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import hashlib
-import time
 from collections import deque
-from collections.abc import AsyncIterator, Callable, Coroutine, Iterable, Iterator
+from collections.abc import AsyncIterator, Callable, Coroutine, Iterable, Iterator, Sequence
 from enum import Enum
 from typing import Any
 
 import msgspec
 import structlog
 
+from paceline.engine.absence import Absence
+from paceline.engine.adoption import testimony
 from paceline.engine.answers import Answer
 from paceline.engine.operations import Operation
+from paceline.engine.state import State
 from paceline.ledger.clock import Clock, LedgerTime, SystemClock, Timer
-from paceline.ledger.journal import RETRYABLE, Journal, Mark, Record, StoreError, StoreUnavailable, genesis
+from paceline.ledger.fold import Fold, Unfoldable, begun, decode_payload, encode_payload, formed, paced
+from paceline.ledger.journal import (
+    RETRYABLE,
+    Beginning,
+    Journal,
+    Loaded,
+    Mark,
+    Record,
+    StoreError,
+    StoreFull,
+    StoreUnavailable,
+)
 from paceline.ledger.machine import Books, Decider, Decision, EngineMachine, Machine
+from paceline.ledger.shared import Bid, Known, SharedJournal, StoreDeposed, StoreHeld, StoreLost
 
 _log = structlog.get_logger("paceline.ledger")
 
@@ -53,6 +71,10 @@ class LedgerUnavailable(LedgerError):
     """The journal is away. The operation may or may not be in the books."""
 
 
+class LedgerMoved(LedgerUnavailable):
+    """Another process owns the ledger now, or soon. The operation may or may not be in the books."""
+
+
 class LedgerDraining(LedgerError):
     """The owner is stopping; nothing was decided."""
 
@@ -76,6 +98,8 @@ class Phase(Enum):
     STOPPED = "stopped"
     FAILED = "failed"
     """Stopped for good by :attr:`Owner.failure`."""
+    DEPOSED = "deposed"
+    """Another process owns the ledger. This owner is not used again."""
 
 
 class OwnerOptions(msgspec.Struct, frozen=True):
@@ -103,6 +127,16 @@ class OwnerOptions(msgspec.Struct, frozen=True):
     """The part of the event loop's time that a snapshot or digest may take."""
     idle_faults: int = 3
     """So many failures of the engine without an operation stop the ledger."""
+    spacing_us: int = 2_500
+    """Between the beginnings of two appends to a shared store: what comes sooner goes with the next one. Each costs the
+    store and this process as much as some dozen operations; a caller who is alone waits for none."""
+    gather_us: int = 150_000
+    """For so long a new owner of a shared ledger lets the waiters of the one before come back before it serves any, so
+    that they keep their places."""
+    held_us: int = 5_000_000
+    """A change of owner within this time was waited for by all callers: no call was made meanwhile without a grant."""
+    unseen_us: int = 0
+    """For how long callers may go on by themselves after that."""
 
 
 LATENCY_BUCKETS = 28
@@ -160,10 +194,6 @@ class _Batch:
         self.at = 0
 
 
-_encode_payload = msgspec.msgpack.Encoder().encode
-_decode_payload = msgspec.msgpack.Decoder(list[bytes]).decode
-
-
 class Owner:
     """Runs one ledger over its journal, in one event loop. All methods are called from that loop.
 
@@ -173,7 +203,7 @@ class Owner:
     def __init__(
         self,
         ledger: str,
-        journal: Journal,
+        journal: Journal | SharedJournal,
         *,
         machine: Machine | None = None,
         clock: Clock | None = None,
@@ -187,7 +217,14 @@ class Owner:
         self.epoch = 0
         self.inherited_at: int | None = None
         """Ledger time of the last record of the process before this one; ``None``: there was none."""
+        self.testimony: list[Operation] = []
+        """Once deposed: what the successor must be told, because the store may have lost it."""
+        self.form: int | None = None
+        """The form that the ledger's owners may write; ``None``: this version's."""
+        self.took_over = False
+        """Of a shared ledger: the owner before had not let go."""
         self._journal = journal
+        self._shared = journal if isinstance(journal, SharedJournal) else None
         self._machine: Machine = EngineMachine() if machine is None else machine
         self._clock: Clock = SystemClock() if clock is None else clock
         self._options = OwnerOptions() if options is None else options
@@ -222,9 +259,14 @@ class Owner:
         self._appender: asyncio.Task[None] | None = None
         self._more: asyncio.Future[None] | None = None
         """Wakes the appender."""
+        self._beating: asyncio.Task[None] | None = None
+        """Renews the lease."""
         self._settled: list[asyncio.Future[None]] = []
         """Wait for nothing to be queued or in flight."""
 
+        self._stalled = False
+        """The shared store is away, and everybody was told."""
+        self._stalled_at = 0
         self._recovery: asyncio.Task[None] | None = None
         self._backoff_us = 0
         self._idle_faults = 0
@@ -238,12 +280,15 @@ class Owner:
 
     # -- for callers -----------------------------------------------------------------------------------------
 
-    async def start(self) -> None:
+    async def start(self, fold: Fold | None = None, bid: Bid | None = None) -> None:
         """Load the ledger and serve. Raises :class:`~paceline.ledger.journal.StoreError` or
-        :class:`LedgerStopped`."""
+        :class:`LedgerStopped`.
+
+        Of a shared ledger: ``fold`` are books that have followed its journal so far, which this owner makes its own.
+        """
         self._handler = asyncio.get_running_loop()
         try:
-            await self._load()
+            await self._load(fold, bid)
         except LedgerStopped as error:
             self._fail(error)
             raise
@@ -254,6 +299,12 @@ class Owner:
         self._enter(Phase.SERVING)
         self._due = True
         self._schedule()
+        if self._shared is not None:
+            self._beating = asyncio.create_task(self._beat(self._shared))
+
+    @property
+    def _written_form(self) -> int:
+        return self._machine.form if self.form is None else self.form
 
     @property
     def engine(self) -> Decider:
@@ -317,7 +368,7 @@ class Owner:
         """
         if self.phase in (Phase.STOPPED, Phase.DRAINING):
             return
-        deadline = time.monotonic() + drain_timeout
+        deadline = self._clock.monotonic() + int(drain_timeout * 1e6)
         healthy = self.phase in (Phase.SERVING, Phase.REPLAYING)
         draining = LedgerDraining(f"the server of ledger {self.ledger!r} is stopping: ask another one, or again")
         if self.phase is not Phase.FAILED:
@@ -337,20 +388,68 @@ class Owner:
             self._timer.cancel()
             self._timer = None
         await self._halt(self._dumping)
+        await self._halt(self._beating)
         if healthy and self._is_folded() and self._seq > self._snapshot_seq:
-            dump = self._snapshot(self._mark(), _begun(self._books.dump()), throttle=False)
+            dump = self._snapshot(self._mark(), begun(self._books.dump(self._written_form)), throttle=False)
             try:
-                async with asyncio.timeout(max(0.0, deadline - time.monotonic())):
+                async with asyncio.timeout(max(0.0, (deadline - self._clock.monotonic()) / 1e6)):
                     await dump
             except (TimeoutError, StoreError) as error:
                 self._log.warning("no snapshot at the end; the next start replays the journal", error=str(error))
         await self._halt(self._appender)
         self._appender = None
         with contextlib.suppress(TimeoutError, StoreError):
-            async with asyncio.timeout(max(0.1, deadline - time.monotonic())):
+            async with asyncio.timeout(max(0.1, (deadline - self._clock.monotonic()) / 1e6)):
                 await self._journal.close()
         self._refusal = draining
         self._enter(Phase.STOPPED)
+
+    async def hand_over(self, successor: str, timeout: float) -> None:
+        """Let another process own a shared ledger: write what is decided, tell those who wait to ask there, let go.
+
+        Takes at most ``timeout`` seconds; then the lease runs out by itself. Raises
+        :class:`~paceline.ledger.journal.StoreError` if the store could not be told.
+        """
+        if self._shared is None or self.phase is not Phase.SERVING:
+            return
+        moved = LedgerMoved(f"ledger {self.ledger!r} moves to {successor or 'another process'}")
+        self._refusal = moved
+        self._enter(Phase.DRAINING)
+        self._inbox = []
+        self._due = False
+        self._wake(None)
+        if self._timer is not None:
+            self._timer.cancel()
+            self._timer = None
+        try:
+            async with asyncio.timeout(timeout):
+                await self._written()
+                await self._halt(self._beating)
+                await self._halt(self._dumping)
+                # The successor need not allow for a time in which this owner may not have been there.
+                await self._shared.confirm()
+                await self._shared.release(successor)
+        except TimeoutError:
+            self._log.warning("the lease was not given up in time", unanswered=len(self._replies))
+        finally:
+            self._drop()
+            self._answer_all(moved)
+            self._enter(Phase.STOPPED)
+
+    async def finalize(self, form: int) -> None:
+        """Write ``form`` from now on; versions that do not read it cannot own the ledger any more.
+
+        Raises :class:`~paceline.ledger.journal.StoreError`, or ``ValueError`` if this version does not write it.
+        """
+        if self._shared is None:
+            raise ValueError("an embedded ledger has one version, which writes its own form")
+        if not (self.form or 0) <= form <= self._machine.form:
+            raise ValueError(
+                f"form {form} cannot be written: it is {self.form}, and this version knows {self._machine.form}"
+            )
+        await self._shared.finalize(form)
+        self.form = form
+        self._decider.form = form
 
     # -- deciding --------------------------------------------------------------------------------------------
 
@@ -411,8 +510,14 @@ class Owner:
             queued.operations += len(batch)
         elif self._flying is not None:
             self._flying.answers += step.answers
-        else:
+        elif self._shared is None or self._shared.is_fresh() or not step.answers:
             self._answer(step.answers)
+        else:
+            # Nothing to write, but is it still ours to say? A batch without events asks.
+            self._queued = _Batch()
+            self._queued.answers = step.answers
+            if self._more is not None and not self._more.done():
+                self._more.set_result(None)
         self._wake(step.wake_at)
 
     def _answer(self, answers: list[tuple[int, Answer]]) -> None:
@@ -477,21 +582,24 @@ class Owner:
                 await self._more
                 self._more = None
                 continue
+            if self._shared is not None:
+                at = self._flying_since + self._options.spacing_us
+                if self._clock.monotonic() < at:
+                    await self._clock.sleep_until(at)
+                    batch = self._queued or batch
             self._queued, self._flying = None, batch
-            record = Record.sealed(
-                self._seq + 1,
-                self.epoch,
-                batch.at,
-                self._clock.wall(),
-                self._hash,
-                _encode_payload(batch.payloads),
-            )
-            self._seq, self._hash, self._journalled_at = record.seq, record.hash, record.at
-            dump = self._dump_due(batch, len(record.payload))
+            record = self._seal(batch) if batch.payloads else None
+            dump = None if record is None else self._dump_due(batch, len(record.payload))
             self._flying_since = self._clock.monotonic()
             self._watch()
             try:
-                await self._journal.append(record)
+                if self._shared is not None:
+                    await self._write_shared(self._shared, record)
+                elif record is not None:
+                    await self._journal.append(record)
+            except StoreDeposed as error:
+                self._deposed(error)
+                return
             except StoreError as error:
                 self._broken(error)
                 return
@@ -501,16 +609,26 @@ class Owner:
             took = max(0, self._clock.monotonic() - self._flying_since)
             self._flying = None
             self._backoff_us = 0
-            statistics.appends += 1
-            statistics.events += batch.count
-            statistics.journal_bytes += len(record.payload)
-            statistics.append_us += took
-            statistics.append_us_histogram[min(took.bit_length(), LATENCY_BUCKETS - 1)] += 1
+            if record is not None:
+                statistics.appends += 1
+                statistics.events += batch.count
+                statistics.journal_bytes += len(record.payload)
+                statistics.append_us += took
+                statistics.append_us_histogram[min(took.bit_length(), LATENCY_BUCKETS - 1)] += 1
             self._answer(batch.answers)
+            if self._stalled:
+                self._resume()
             if dump is not None:
                 self._dumping = asyncio.create_task(self._dump(dump))
             if self._inbox or self._due:
                 self._schedule()
+
+    def _seal(self, batch: _Batch) -> Record:
+        """The record of a batch, which is the journal's end from now on."""
+        payload = encode_payload(batch.payloads)
+        record = Record.sealed(self._seq + 1, self.epoch, batch.at, self._clock.wall(), self._hash, payload)
+        self._seq, self._hash, self._journalled_at = record.seq, record.hash, record.at
+        return record
 
     def _watch(self) -> None:
         if not self._watching:
@@ -537,6 +655,8 @@ class Owner:
         if looks < _LAST_LOOKS or (late > _LOOK_US and looks < _MOST_LOOKS):
             self._watching = True
             self._look_at(now + max(_LOOK_US, min(late, self._options.append_timeout_us)), looks + 1)
+        elif self._shared is not None:
+            self._stall(StoreUnavailable("an append was not acknowledged in time"))
         else:
             self._broken(StoreUnavailable("an append was not acknowledged in time"))
 
@@ -563,6 +683,133 @@ class Owner:
             waiter = self._handler.create_future()
             self._settled.append(waiter)
             await waiter
+
+    # -- over a shared store ---------------------------------------------------------------------------------
+
+    async def _write_shared(self, journal: SharedJournal, record: Record | None) -> None:
+        """Write a record (``None``: only ask whether the ledger is still owned here), for as long as it takes.
+
+        Raises :class:`~paceline.ledger.shared.StoreDeposed`.
+        """
+        backoff = self._options.backoff_first_us
+        while True:
+            try:
+                if record is None:
+                    await journal.confirm()
+                else:
+                    await journal.append(record)
+                return
+            except StoreLost as error:
+                self._warn(error)
+                with contextlib.suppress(StoreUnavailable, StoreFull, StoreLost):
+                    await self._refound(journal)
+                    return
+            except (StoreUnavailable, StoreFull) as error:
+                self._warn(error)
+            await self._clock.sleep_until(self._clock.monotonic() + backoff)
+            backoff = min(2 * backoff, _SHARED_BACKOFF_MOST_US)
+
+    async def _refound(self, journal: SharedJournal) -> None:
+        """Give an empty store the books as they are, with everything that is decided."""
+        queued = self._queued
+        if queued is not None:
+            self._queued = None
+            if queued.payloads:
+                self._seal(queued)
+            if self._flying is not None:
+                self._flying.answers += queued.answers
+        await journal.refound(self._mark(), paced(begun(self._books.dump(self._written_form)), self._clock, None))
+        self._snapshot_seq = self._seq
+
+    async def _renew(self, journal: SharedJournal) -> None:
+        """Keep the lease while the ledger is being read, which may take longer."""
+        while True:
+            await self._clock.sleep_until(self._clock.monotonic() + journal.terms.lease_us // 4)
+            if journal.tenure is not None:
+                # What is wrong shows when the owner first writes.
+                with contextlib.suppress(StoreError):
+                    await journal.confirm()
+
+    async def _beat(self, journal: SharedJournal) -> None:
+        """Renew the lease when no record does it."""
+        period = journal.terms.lease_us // 4
+        while True:
+            await self._clock.sleep_until(self._clock.monotonic() + period)
+            tenure = journal.tenure
+            if self._flying is not None or tenure is None or self.phase is not Phase.SERVING:
+                continue
+            if self._clock.monotonic() - tenure.confirmed_at < period // 2:
+                continue
+            try:
+                await journal.confirm()
+            except StoreDeposed as error:
+                if self._flying is None:
+                    self._deposed(error)
+                    return
+            except StoreLost:
+                # The next batch puts the books back; without one there would be none.
+                if self._queued is None and self._flying is None:
+                    self._queued = _Batch()
+                    if self._more is not None and not self._more.done():
+                        self._more.set_result(None)
+            except StoreError as error:
+                self._warn(error)
+
+    def _warn(self, error: StoreError) -> None:
+        self.statistics.append_failures += 1
+        if str(error) != self.statistics.last_error:
+            self.statistics.last_error = str(error)
+            self._log.error("journal failed", error=str(error), kind=type(error).__name__)
+
+    def _stall(self, error: StoreError) -> None:
+        """The store is away for too long: whoever waits is told, and what is decided is kept to be written."""
+        if self._stalled or self.phase not in (Phase.SERVING, Phase.DRAINING):
+            return
+        self._stalled = True
+        self._stalled_at = self.now()
+        self._unavailable(error)
+
+    def _resume(self) -> None:
+        """The store is back, and had lost nothing or was told again. Nobody waits any more."""
+        self._stalled = False
+        if self.phase is not Phase.RECOVERING:
+            return
+        absence = Absence(since=self._stalled_at, most_us=self._options.unseen_us)
+        self._decider = self._machine.decider(self.ledger, self._books, absence, self.form)
+        if not isinstance(self._refusal, LedgerDraining | LedgerMoved):
+            self._refusal = None
+            self._enter(Phase.SERVING)
+        else:
+            self._enter(Phase.DRAINING)
+        self._due = True
+        self._schedule()
+
+    def _deposed(self, error: StoreDeposed) -> None:
+        """Another owner goes on: what it cannot know is kept for it, everything else is thrown away."""
+        self._log.warning("deposed", error=str(error), lost=len(error.lost), epoch=self.epoch)
+        self.statistics.last_error = str(error)
+        if error.lost and not self._tainted:
+            try:
+                self.testimony = self._testify(error.lost)
+            except Exception as failure:
+                self._log.error("what the store lost could not be read", error=_place(failure))
+        moved = LedgerMoved(f"ledger {self.ledger!r} is owned by another process")
+        self._refusal = moved
+        self._inbox = []
+        self._drop()
+        if self._beating is not None and self._beating is not asyncio.current_task():
+            self._beating.cancel()
+        self._answer_all(moved)
+        self._enter(Phase.DEPOSED)
+
+    def _testify(self, lost: Sequence[Record]) -> list[Operation]:
+        events = [
+            event
+            for record in lost
+            for payload in decode_payload(record.payload)
+            for event in self._machine.decode(payload)
+        ]
+        return list(testimony(self._books, events)) if isinstance(self._books, State) else []
 
     # -- failing and recovering ------------------------------------------------------------------------------
 
@@ -622,6 +869,8 @@ class Owner:
         except LedgerStopped as error:
             self._fail(error)
             return
+        except StoreHeld:
+            return
         if not isinstance(self._refusal, LedgerDraining):
             self._refusal = None
             self._enter(Phase.SERVING)
@@ -637,6 +886,12 @@ class Owner:
                 await self._clock.sleep_until(self._clock.monotonic() + self._backoff_us)
             try:
                 await self._load()
+            except StoreHeld as error:
+                if self._shared is not None and error.head.node == self._shared.terms.node:
+                    self._unavailable(error)
+                else:
+                    self._deposed(StoreDeposed(str(error), error.head, ()))
+                    raise
             except RETRYABLE as error:
                 if self.phase is Phase.RECOVERING and str(error) == self.statistics.last_error:
                     self._log.info("journal is still away", error=str(error))
@@ -732,86 +987,88 @@ class Owner:
 
     # -- loading ---------------------------------------------------------------------------------------------
 
-    async def _load(self) -> None:
+    async def _load(self, fold: Fold | None = None, bid: Bid | None = None) -> None:
         """Books, engine and place in the journal, from the journal."""
         self._drop()
         started = self._clock.monotonic()
-        loaded = await self._journal.load()
-        snapshot, check = loaded.snapshot, loaded.check
-        seq, chain = (0, genesis(self.ledger)) if snapshot is None else (snapshot.seq, snapshot.hash)
-        at = 0 if snapshot is None else snapshot.at
-        events = size = 0
-        books: Books
-        if snapshot is None:
-            books = self._machine.empty(self.ledger)
-        else:
-            try:
-                books = await asyncio.to_thread(self._machine.restore, self.ledger, loaded.chunks)
-                # An earlier version's dump has another form; that it is undamaged, the journal has checked.
-                alike = self._machine.form_of(loaded.chunks[0]) == self._machine.form
-                if alike and await _digest(books.dump()) != snapshot.digest:
-                    raise ValueError("it does not give the books that were dumped")
-            except Exception as error:
-                raise self._unfoldable(f"the snapshot at record {seq}", error) from error
-        self._snapshot_size = sum(map(len, loaded.chunks))
-        pause_at = time.monotonic() + _PAUSE_SECONDS
-        async for page in loaded.pages:
-            for record in page:
-                try:
-                    for payload in _decode_payload(record.payload):
-                        for event in self._machine.decode(payload):
-                            books.apply(event)
-                            events += 1
-                    if (
-                        check is not None
-                        and record.seq == check.seq
-                        and (check.hash != record.hash or not await self._agrees(books, check.digest))
-                    ):
-                        raise ValueError("the books are not what they were when it was written")
-                except Exception as error:
-                    raise self._unfoldable(f"record {record.seq}", error) from error
-                seq, chain, at = record.seq, record.hash, max(at, record.at)
-                size += len(record.payload)
-                if time.monotonic() > pause_at:
-                    await asyncio.sleep(0)
-                    pause_at = time.monotonic() + _PAUSE_SECONDS
-        self._books = books
+        renewing = None if self._shared is None else asyncio.create_task(self._renew(self._shared))
+        try:
+            loaded, fold = await self._fold(fold, bid)
+        finally:
+            await self._halt(renewing)
+        self._books = fold.books
         self._tainted = False
-        self._decider = self._machine.decider(self.ledger, books)
+        self.form = loaded.form
+        self._start_time(loaded.beginning, fold.at)
+        self._decider = self._machine.decider(self.ledger, fold.books, self._absence(loaded.beginning), loaded.form)
         self.epoch = loaded.epoch
-        self._seq, self._hash, self._journalled_at = seq, chain, at
-        if self._time is None:
-            self._time = LedgerTime(self._clock, at)
-            self.inherited_at = at or None
-        else:
-            self._time.at_least(at)
-        self._snapshot_seq = 0 if snapshot is None else snapshot.seq
-        self._events_since_snapshot, self._bytes_since_snapshot = events, size
+        self.took_over = loaded.beginning is not None and loaded.beginning.took_over
+        self._seq, self._hash, self._journalled_at = fold.seq, fold.hash, fold.at
+        self._snapshot_seq, self._snapshot_size = fold.snapshot_seq, fold.snapshot_size
+        self._events_since_snapshot, self._bytes_since_snapshot = fold.events, fold.size
         self._events_since_check = 0
         self.statistics.loads += 1
         self.statistics.load_us = self._clock.monotonic() - started
-        self.statistics.replayed_events = events
+        self.statistics.replayed_events = fold.events
         self._appender = asyncio.create_task(self._append_all())
         if self.phase is Phase.STARTING:
             self._refusal = None
 
-    def _unfoldable(self, what: str, error: Exception) -> LedgerStopped:
-        return LedgerStopped(
-            f"ledger {self.ledger!r}: {what} cannot be folded ({_place(error)}): run the version that wrote "
-            "it, or restore the store from a backup; nothing was changed"
-        )
+    async def _fold(self, fold: Fold | None, bid: Bid | None) -> tuple[Loaded, Fold]:
+        if self._shared is None:
+            loaded = await self._journal.load()  # type: ignore[union-attr]
+        else:
+            if self._shared.tenure is not None:
+                own = self._shared.tenure.head
+                bid = Bid(own.epoch, own.epoch, own.form)
+            known = None if fold is None else Known(fold.seq, fold.hash, fold.tail)
+            loaded = await self._shared.take(bid, known)
+        if fold is None or not loaded.resumed:
+            fold = Fold(self.ledger, self._machine, self._clock)
+        fold.check = loaded.check
+        try:
+            if loaded.snapshot is not None:
+                await fold.restore(loaded.snapshot, loaded.chunks)
+            async for page in loaded.pages:
+                await fold.follow(page)
+            if loaded.is_empty and self._shared is not None and loaded.beginning is not None:
+                dump = fold.books.dump(self._machine.form if loaded.form is None else loaded.form)
+                mark = Mark(fold.seq, fold.at, fold.hash, b"")
+                await self._shared.refound(mark, paced(begun(dump), self._clock, None))
+                fold.snapshot_seq, fold.events, fold.size = fold.seq, 0, 0
+                loaded.beginning = Beginning(max(loaded.beginning.now, fold.at), fold.at, True, True)
+        except Unfoldable as error:
+            cause = error if error.__cause__ is None else error.__cause__
+            raise LedgerStopped(
+                f"ledger {self.ledger!r}: {error.what} cannot be folded ({_place(cause)}): run the version that wrote "
+                "it, or restore the store from a backup; nothing was changed"
+            ) from cause
+        if self._shared is not None and self._shared.tenure is not None:
+            self._shared.tenure.tail = fold.tail
+        return loaded, fold
 
-    def _formed(self, digest: bytes) -> bytes:
-        """A digest that tells at its end of which form of dump it is."""
-        form = self._form()
-        return digest[: -len(form)] + form
+    def _start_time(self, beginning: Beginning | None, at: int) -> None:
+        if self._time is not None:
+            self._time.at_least(at)
+        elif beginning is None:
+            self._time = LedgerTime(self._clock, at)
+            self.inherited_at = at or None
+        else:
+            self._time = LedgerTime(self._clock, at, beginning.now)
+            self.inherited_at = beginning.seen_until
 
-    def _form(self) -> bytes:
-        return b"form" + self._machine.form.to_bytes(2, "big")
-
-    async def _agrees(self, books: Books, digest: bytes) -> bool:
-        """Whether a digest is that of these books. Those of other versions cannot be compared, and prove nothing."""
-        return not digest.endswith(self._form()) or self._formed(await _digest(books.dump())) == digest
+    def _absence(self, beginning: Beginning | None) -> Absence | None:
+        """What a new owner of a shared ledger cannot have seen; ``None``: an embedded one starts."""
+        if beginning is None or self._shared is None:
+            return None
+        if beginning.seen_until is None:
+            return Absence(since=beginning.now)
+        away = beginning.now - beginning.seen_until
+        unseen = 0 if away <= self._options.held_us and not beginning.is_new_primary else self._options.unseen_us
+        loss = self._shared.terms.lag_us if beginning.is_new_primary else 0
+        # After a planned change the front ends know at once where to go.
+        gather = self._options.gather_us if beginning.took_over else self._options.gather_us // 3
+        return Absence(beginning.seen_until, unseen, loss, gather)
 
     # -- snapshots -------------------------------------------------------------------------------------------
 
@@ -837,7 +1094,7 @@ class Owner:
         self._events_since_check = 0
         if snapshot:
             self._events_since_snapshot = self._bytes_since_snapshot = 0
-        return self._mark(), _begun(self._books.dump()), snapshot
+        return self._mark(), begun(self._books.dump(self._written_form)), snapshot
 
     async def _dump(self, dump: tuple[Mark, Iterator[bytes], bool]) -> None:
         mark, chunks, snapshot = dump
@@ -848,7 +1105,9 @@ class Owner:
                 digest = hashlib.sha256()
                 async for chunk in self._paced(chunks, throttle=True):
                     digest.update(chunk)
-                await self._journal.write_check(Mark(mark.seq, mark.at, mark.hash, self._formed(digest.digest())))
+                await self._journal.write_check(
+                    Mark(mark.seq, mark.at, mark.hash, formed(self._written_form, digest.digest()))
+                )
         except StoreError as error:
             # Appends go on, or fail by themselves; the next dump tries again.
             self.statistics.last_error = str(error)
@@ -871,22 +1130,8 @@ class Owner:
         self.statistics.snapshots += 1
         self.statistics.snapshot_bytes = size
 
-    async def _paced(self, chunks: Iterator[bytes], throttle: bool) -> AsyncIterator[bytes]:
-        """``chunks``, between turns of the loop, within the share of its time that they may take."""
-        rest = 1 / self._options.dump_share - 1 if throttle else 0.0
-        owed = 0.0
-        while True:
-            started = time.monotonic()
-            chunk = next(chunks, None)
-            if chunk is None:
-                return
-            owed += (time.monotonic() - started) * rest
-            yield chunk
-            if owed > _PAUSE_SECONDS:
-                await asyncio.sleep(owed)
-                owed = 0.0
-            else:
-                await asyncio.sleep(0)
+    def _paced(self, chunks: Iterator[bytes], throttle: bool) -> AsyncIterator[bytes]:
+        return paced(chunks, self._clock, self._options.dump_share if throttle else None)
 
 
 _LOOK_US = 20_000
@@ -895,28 +1140,8 @@ _MOST_LOOKS = 10
 """How often, and how far apart, to look again for an acknowledgement whose time is over: more often only while
 even the looking is late."""
 
-_PAUSE_SECONDS = 0.002
-"""How long replaying and dumping may keep the event loop at a time."""
-
-
-def _begun(chunks: Iterator[bytes]) -> Iterator[bytes]:
-    """``chunks`` with the first taken already, which fixes the state that is dumped."""
-    first = next(chunks, None)
-
-    def rest() -> Iterator[bytes]:
-        if first is not None:
-            yield first
-            yield from chunks
-
-    return rest()
-
-
-async def _digest(chunks: Iterator[bytes]) -> bytes:
-    digest = hashlib.sha256()
-    for chunk in chunks:
-        digest.update(chunk)
-        await asyncio.sleep(0)
-    return digest.digest()
+_SHARED_BACKOFF_MOST_US = 500_000
+"""Between attempts to write to a shared store that is away."""
 
 
 def _place(error: BaseException) -> str:

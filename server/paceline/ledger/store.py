@@ -4,6 +4,7 @@
 ``embedded:``                                  keeps nothing past the process
 ``embedded:PATH``                              a SQLite file, made if it is not there
 ``embedded:PATH?durability=process|power``     what survives: see :mod:`paceline.ledger.sqlite`
+``redis://HOST`` and more                      shared: see :mod:`paceline.ledger.redis.settings`
 =============================================  ============================================================
 """
 
@@ -14,10 +15,10 @@ from urllib.parse import parse_qsl, unquote
 
 from paceline.ledger.journal import Store, StoreURLError
 from paceline.ledger.memory import MemoryStore
+from paceline.ledger.redis import SCHEMES, RedisStore, parse
 from paceline.ledger.sqlite import Durability, SqliteStore
 
-_LATER = frozenset({"redis", "rediss", "redis+sentinel", "redis+cluster", "valkey", "valkeys"})
-_FORMS = "use embedded:PATH for a file, or embedded: to keep nothing"
+_FORMS = "use embedded:PATH for a file, embedded: to keep nothing, or redis://HOST to share it"
 
 
 def open_store(url: str) -> Store:
@@ -28,8 +29,8 @@ def open_store(url: str) -> Store:
     """
     scheme, colon, rest = url.partition(":")
     scheme = scheme.lower()
-    if scheme in _LATER:
-        raise StoreURLError(f"{scheme} stores come with the replicas, not in this version: {_FORMS}")
+    if scheme in SCHEMES:
+        return RedisStore(parse(url))
     if not colon or scheme != "embedded":
         raise StoreURLError(f"the store's URL is not one this version knows: {_FORMS}")
     path, question, query = rest.partition("?")

@@ -1,0 +1,70 @@
+"""Who takes a ledger over, and when. Pure.
+
+Every process ranks the living ones in the same way (rendezvous hashing), so that ledgers spread and, as a rule, one
+process alone moves; the others follow after a pause each, in case it does not. That is for quiet: if two move, the
+store's comparison lets one in.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterable, Mapping
+
+from paceline.ledger.commands import NodeInfo
+from paceline.ledger.lease import Head
+
+PATIENCE_US = 400_000
+"""For so long each rank waits for the one before it."""
+
+
+def ranking(ledger: str, nodes: Iterable[NodeInfo]) -> list[str]:
+    """The ready processes, the one that should own ``ledger`` first (highest random weight)."""
+    ready = [node.node for node in nodes if node.ready]
+    return sorted(ready, key=lambda node: (_weight(ledger, node), node), reverse=True)
+
+
+def heirs(ledger: str, nodes: Mapping[str, NodeInfo], owner: str, form: int = 0) -> list[str]:
+    """The processes that may follow ``owner``, in order: those that read ``form``. The first keeps itself warm.
+
+    An owner that drains is followed by the newest process, which the same rollout will not stop again.
+    """
+    others = [node for node in nodes.values() if node.node != owner and node.ready and node.form >= form]
+    leaving = nodes.get(owner)
+    if leaving is not None and not leaving.ready:
+        return [node.node for node in sorted(others, key=lambda node: (node.started_at, node.node), reverse=True)]
+    return ranking(ledger, others)
+
+
+def due(
+    head: Head | None,
+    now: int,
+    me: str,
+    rank: int,
+    *,
+    lineage: str,
+    lag_us: int,
+    dead_since: int | None,
+    vacant_at: int = 0,
+) -> tuple[int, int]:
+    """From when on (the store's time, µs) this process may take the ledger, and the epoch that it deposes (0: none).
+
+    ``rank`` is its place among the heirs; ``dead_since`` is when the owner's connection was found refused. Without a
+    head, the ledger is nobody's from ``vacant_at`` on: an owner that was known may live, and put it back.
+    """
+    pause = rank * PATIENCE_US
+    if head is None:
+        return vacant_at + pause, 0
+    if head.node == me:
+        # An owner of this process that is gone: nobody else needs to wait for it.
+        return now, head.epoch
+    if head.lineage != lineage:
+        return head.until + lag_us + pause, 0
+    if head.successor:
+        return (now if head.successor == me else head.until + pause), 0
+    if dead_since is not None and dead_since + pause < head.until:
+        return dead_since + pause, head.epoch
+    return head.until + pause, 0
+
+
+def _weight(ledger: str, node: str) -> bytes:
+    return hashlib.blake2b(f"{ledger}\0{node}".encode(), digest_size=8).digest()
