@@ -63,7 +63,7 @@ def test_version(paceline: Command, arguments: list[str]) -> None:
 def test_help(paceline: Command) -> None:
     alone, asked = paceline(), paceline("--help")
     assert (alone.code, alone.out) == (asked.code, asked.out) == (0, asked.out)
-    for command in ("serve", "config", "reserve", "pools", "health", "version"):
+    for command in ("serve", "config", "reserve", "pools", "ledgers", "health", "version"):
         assert f"  {command}" in alone.out
     text = " ".join(paceline("serve", "--help").out.split())
     config = Config()
@@ -197,6 +197,14 @@ def test_denied(paceline: Command, address: str) -> None:
 
 
 @pytest.mark.process
+def test_of_several_servers_the_first_that_answers_is_asked(paceline: Command, address: str) -> None:
+    gone = free_address()
+    assert paceline("health", "--address", f"{gone},{address}").out == "SERVING\n"
+    assert paceline("health", "--address", f"{address}, {gone}").out == "SERVING\n"
+    paceline("pools", "--address", f"{gone},{gone}").is_error(f"no server answers at {gone}")
+
+
+@pytest.mark.process
 def test_pools(paceline: Command, address: str) -> None:
     paceline("reserve", "--address", address, "--model", MODEL)
     said = paceline("pools", "--address", address)
@@ -220,5 +228,26 @@ def test_pools(paceline: Command, address: str) -> None:
 
 
 @pytest.mark.process
+@pytest.mark.process
+def test_ledgers(paceline: Command, address: str) -> None:
+    assert paceline("reserve", "--model", MODEL, "--address", address).code == 0
+    said = paceline("ledgers", "--address", address)
+    assert said.code == 0
+    head, *rows = said.out.splitlines()
+    assert head.split() == ["ledger", "state", "owner", "epoch", "form", "sequence", "open", "waiting", "reason"]
+    assert any(row.split()[:2] == ["default", "ready"] for row in rows)
+    said = paceline("ledgers", "--json", "--address", address)
+    assert [each["name"] for each in json.loads(said.out)] == [row.split()[0] for row in rows]
+
+
+@pytest.mark.process
+def test_ledgers_of_a_server_alone_stay_where_they_are(paceline: Command, address: str) -> None:
+    assert paceline("reserve", "--model", MODEL, "--address", address).code == 0
+    for arguments in (["finalize"], ["finalize", "default"], ["hand-over", "default"]):
+        paceline("ledgers", *arguments, "--address", address).is_error("FAILED_PRECONDITION", "one server alone")
+    paceline("ledgers", "hand-over", "nobody", "--to", "x", "--address", address).is_error("NOT_FOUND")
+    paceline("ledgers", "hand-over").is_error("LEDGER")
+
+
 def test_errors_of_the_server(paceline: Command, address: str) -> None:
     paceline("pools", "--address", address, "--ledger", "nope").is_error("NOT_FOUND")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import re
+import socket
 from pathlib import Path
 
 import jsonschema
@@ -13,7 +14,7 @@ import yaml
 from hypothesis import given
 from hypothesis import strategies as st
 
-from paceline.config import Config, ConfigError, ServerLimits, check, load_config, token_hashes
+from paceline.config import Config, ConfigError, ServerLimits, check, load_config, node_name, peer_address, token_hashes
 from paceline.config.document import read
 from paceline.config.schema import schema
 from paceline.engine.dimensions import SECOND_US
@@ -37,7 +38,7 @@ def test_an_empty_file_is_a_configuration(tmp_path: Path) -> None:
 def test_the_example_is_valid_and_complete() -> None:
     config = load_config(EXAMPLE, {})
     given = set(yaml.safe_load(EXAMPLE.read_text("utf-8")))
-    assert given == set(Config.model_fields)
+    assert given == {field.alias or name for name, field in Config.model_fields.items()}
     assert config.limits == ServerLimits()  # what the example shows as defaults are the defaults
     assert [re.sub(r"^.*?:\d+: ", "", note) for note in config.notes] == [
         "shares.product.shares.chat.weight: has no effect in this version",
@@ -91,7 +92,13 @@ def test_a_missing_file_is_one_line(tmp_path: Path) -> None:
         "redis://user:p%40ss@cache:6379/3",
         "rediss://[::1]:6380/0",
         "redis+sentinel://a:26379,b:26379/mymaster",
+        "redis+sentinel://a:26379/mymaster/2",
+        "rediss+sentinel://user:pw@a:26379,b:26379/mymaster?ca=/etc/ca.pem",
         "redis+cluster://a:6379,b:6379",
+        "rediss+cluster://a:6379",
+        "valkey://cache/0",
+        "valkeys+sentinel://a/mymaster",
+        "unix:///run/redis.sock?db=0",
     ],
 )
 def test_good_store_urls(url: str) -> None:
@@ -121,6 +128,88 @@ def test_good_store_urls(url: str) -> None:
 def test_bad_store_urls(url: str, tmp_path: Path) -> None:
     (line,) = check(written(tmp_path, f"store: {json.dumps(url)}\n"), {}).errors
     assert ":1: store: " in line
+
+
+def test_the_stores_url_may_stand_in_a_file(tmp_path: Path) -> None:
+    (tmp_path / "url").write_text("redis://:hunter2@cache:6379/0\n")
+    path = written(tmp_path, f"store_file: {tmp_path / 'url'}\n")
+    assert load_config(path, {}).store == "redis://:hunter2@cache:6379/0"
+    assert load_config(path, {"PACELINE_STORE": "embedded:"}).store == "embedded:"
+    (tmp_path / "other").write_text("redis://other")
+    assert load_config(path, {"PACELINE_STORE_FILE": str(tmp_path / "other")}).store == "redis://other"
+    both = written(tmp_path, 'store: "embedded:"\nstore_file: secret\n')
+    assert load_config(both, {"PACELINE_STORE_FILE": str(tmp_path / "other")}).store == "redis://other"
+    assert check(both, {}).errors == (f"{both}:2: store_file: stands beside store; remove one of the two",)
+
+
+def test_a_check_reads_no_secrets_and_says_none(tmp_path: Path) -> None:
+    path = written(tmp_path, "store_file: /nonexistent/url\n")
+    assert check(path, {}).errors == ()
+    with pytest.raises(ConfigError) as refused:
+        load_config(path, {})
+    says = "file /nonexistent/url cannot be read (No such file or directory); mend it"
+    assert refused.value.lines == [f"{path}:1: store_file: {says}"]
+    (tmp_path / "url").write_text("mysql://:hunter2@db")
+    with pytest.raises(ConfigError) as refused:
+        load_config(written(tmp_path, f"store_file: {tmp_path / 'url'}\n"), {})
+    (line,) = refused.value.lines
+    assert line.startswith(f"file {tmp_path / 'url'}: store: is not a store URL")
+    assert "hunter2" not in line
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "says"),
+    [
+        ("node", "a b", "node: "),
+        ("peer_listen", "7134", "peer_listen: "),
+        ("peer_advertise", "host:0", "peer_advertise: is no address"),
+        ("peer_advertise", "0.0.0.0", "peer_advertise: is no address that others can connect to"),
+        ("lease", "500ms", "lease: must be from 1s to 30s"),
+        ("lease", "31s", "lease: must be from 1s to 30s"),
+        ("replication_lag", "2m", "replication_lag: must be from 0ms to 1m"),
+        ("away", "0", "away: must be from"),
+    ],
+)
+def test_bad_fields_of_a_fleet(field: str, value: str, says: str, tmp_path: Path) -> None:
+    (line,) = check(written(tmp_path, f"{field}: {value}\n"), {}).errors
+    assert f":1: {says}" in line
+
+
+def test_notes_on_a_fleet(tmp_path: Path) -> None:
+    path = written(tmp_path, "store: redis://cache\naway: 3s\n")
+    assert [note.split(":")[2].strip() for note in check(path, {}).notes] == ["peer_listen", "away"]
+    path = written(tmp_path, "store: redis://cache\npeer_listen: 0.0.0.0:7134\n")
+    assert check(path, {}).notes == ()
+    # All are on this machine, as the store is.
+    for url in ("redis://:p@127.0.0.1:6379/0", "redis+cluster://localhost:1,[::1]:2", "unix:///run/redis.sock"):
+        assert check(written(tmp_path, f"store: {url}\n"), {}).notes == ()
+    assert check(written(tmp_path, "away: 1s\n"), {}).notes == ()
+
+
+@pytest.mark.parametrize(
+    ("listen", "advertise", "expected"),
+    [
+        ("127.0.0.1:0", "", "127.0.0.1:4711"),
+        ("10.1.2.3:7134", "", "10.1.2.3:4711"),
+        ("0.0.0.0:7134", "", f"{socket.gethostname()}:4711"),
+        ("[::]:7134", "", f"{socket.gethostname()}:4711"),
+        ("0.0.0.0:7134", "10.1.2.3", "10.1.2.3:4711"),
+        ("0.0.0.0:7134", "fd00::7", "[fd00::7]:4711"),
+        ("0.0.0.0:7134", "[fd00::7]:1", "[fd00::7]:1"),
+        ("0.0.0.0:7134", "paceline-0.paceline:1", "paceline-0.paceline:1"),
+        ("unix:/run/peer", "", "unix:/run/peer"),
+    ],
+)
+def test_the_address_that_peers_are_told(listen: str, advertise: str, expected: str) -> None:
+    assert peer_address(Config(peer_listen=listen, peer_advertise=advertise), 4711) == expected
+
+
+def test_a_nodes_name_is_its_own() -> None:
+    assert node_name(Config(node="paceline-0")) == "paceline-0"
+    names = {node_name(Config()) for _ in range(3)}
+    assert len(names) == 3
+    for name in names:
+        Config(node=name)
 
 
 @pytest.mark.parametrize(
@@ -220,7 +309,7 @@ JSON = st.recursive(
     lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=8), inner, max_size=3),
     max_leaves=8,
 )
-FIELDS = sorted(Config.model_fields)
+FIELDS = sorted(field.alias or name for name, field in Config.model_fields.items())
 INNER = ["main", "a", "pools", "sonnet-5", "requests", "amount", "shares", "cap", "tenants", "rules", "providers"]
 
 

@@ -8,9 +8,23 @@ from hypothesis import strategies as st
 
 from paceline.engine.answers import DimensionState, Touched
 from paceline.engine.dimensions import UNLIMITED, Dimension, Window
-from paceline.frontend.fallback import Fallback, per_minute
+from paceline.frontend.fallback import Amounts, Fallback, per_minute
 
 EXPIRY = 60_000_000
+
+
+def taken(fallback: Fallback, instance: str, pool: str, limits: Amounts) -> Amounts | None:
+    share = fallback.take(instance, pool, limits)
+    return None if share is None else share.amounts
+
+
+def arrived(fallback: Fallback, instance: str, pool: str) -> None:
+    """The newest share of an instance is in its hands."""
+    given = fallback._pools[pool].given.get(instance)
+    if given is not None and given.shares:
+        fallback.arrived(instance, pool, given.shares[-1].serial)
+
+
 DIMENSIONS = (Dimension.REQUESTS, Dimension.INPUT_TOKENS)
 
 steps = st.lists(
@@ -35,13 +49,13 @@ def test_what_is_out_never_exceeds_the_limit(plan: list[tuple[int, int, str, int
         now += passed
         fallback.note(f"i{who}", pool, ((Dimension.REQUESTS, granted), (Dimension.INPUT_TOKENS, granted)))
         limits = {Dimension.REQUESTS: limit, Dimension.INPUT_TOKENS: 3 * limit}
-        amounts = fallback.take(f"i{who}", pool, limits)
+        amounts = taken(fallback, f"i{who}", pool, limits)
         if amounts is None:
             continue
         assert set(amounts) == set(limits)
         if shown:
             # It uses the newest from now on; the others it had are void.
-            fallback.arrived(f"i{who}", pool)
+            arrived(fallback, f"i{who}", pool)
             out = [entry for entry in out if entry[1:3] != (f"i{who}", pool)]
         out.append((now + EXPIRY, f"i{who}", pool, amounts, limit))
         standing = [entry for entry in out if entry[0] > now and entry[2] == pool]
@@ -65,8 +79,8 @@ def test_everybody_gets_a_fair_part_in_the_end(instances: int, limit: int) -> No
     for _ in range(6):
         for instance in range(instances):
             now += EXPIRY // (2 * instances)
-            amounts[instance] = fallback.take(str(instance), "pool", {Dimension.REQUESTS: limit})
-            fallback.arrived(str(instance), "pool")
+            amounts[instance] = taken(fallback, str(instance), "pool", {Dimension.REQUESTS: limit})
+            arrived(fallback, str(instance), "pool")
     shares = [entry[Dimension.REQUESTS] for entry in amounts.values() if entry is not None]
     assert len(shares) == instances
     assert sum(shares) <= limit
@@ -83,8 +97,8 @@ def test_shares_follow_demand() -> None:
         now += 1_000_000
         for name, calls in wants.items():
             fallback.note(name, "pool", ((Dimension.REQUESTS, 1),), calls)
-            amounts = fallback.take(name, "pool", {Dimension.REQUESTS: 10_000})
-            fallback.arrived(name, "pool")
+            amounts = taken(fallback, name, "pool", {Dimension.REQUESTS: 10_000})
+            arrived(fallback, name, "pool")
             assert amounts is not None
             shares[name] = amounts[Dimension.REQUESTS]
     assert 0.9 * 10_000 <= sum(shares.values()) <= 10_000
@@ -95,8 +109,8 @@ def test_shares_follow_demand() -> None:
         now += 6_000_000
         fallback.note("half", "pool", ((Dimension.REQUESTS, 1),), 30)
         for name in wants:
-            amounts = fallback.take(name, "pool", {Dimension.REQUESTS: 10_000})
-            fallback.arrived(name, "pool")
+            amounts = taken(fallback, name, "pool", {Dimension.REQUESTS: 10_000})
+            arrived(fallback, name, "pool")
             assert amounts is not None
             shares[name] = amounts[Dimension.REQUESTS]
     assert shares["half"] > 7_000
@@ -107,20 +121,20 @@ def test_an_older_share_counts_until_the_newer_one_has_arrived() -> None:
     now = 0
     fallback = Fallback(lambda: now, expiry_us=EXPIRY)
     limits = {Dimension.REQUESTS: 100}
-    fallback.take("one", "pool", limits)
-    fallback.arrived("one", "pool")
+    taken(fallback, "one", "pool", limits)
+    arrived(fallback, "one", "pool")
     now = 1
-    assert fallback.take("one", "pool", limits) == {Dimension.REQUESTS: 95}
-    fallback.arrived("one", "pool")
+    assert taken(fallback, "one", "pool", limits) == {Dimension.REQUESTS: 95}
+    arrived(fallback, "one", "pool")
     now = 2
     # The other one gets what was kept back, and room is made once the first knows of its smaller share.
-    assert fallback.take("two", "pool", limits) == {Dimension.REQUESTS: 5}
+    assert taken(fallback, "two", "pool", limits) == {Dimension.REQUESTS: 5}
     now = 3
-    fallback.take("one", "pool", limits)
+    taken(fallback, "one", "pool", limits)
     assert fallback.outstanding("pool") == {Dimension.REQUESTS: 100}
     # Nothing shows that it came: there is no other one for now.
-    assert fallback.take("one", "pool", limits) is None
-    fallback.arrived("one", "pool")
+    assert taken(fallback, "one", "pool", limits) is None
+    arrived(fallback, "one", "pool")
     assert fallback.outstanding("pool") == {Dimension.REQUESTS: 47 + 5}
 
 
@@ -128,9 +142,9 @@ def test_instances_are_bounded_and_make_room_when_they_expire() -> None:
     now = 0
     fallback = Fallback(lambda: now, expiry_us=EXPIRY, most=3)
     limits = {Dimension.REQUESTS: 100}
-    assert [fallback.take(name, "pool", limits) is not None for name in "abcd"] == [True, True, True, False]
+    assert [taken(fallback, name, "pool", limits) is not None for name in "abcd"] == [True, True, True, False]
     now = EXPIRY + 1
-    assert fallback.take("d", "pool", limits) == {Dimension.REQUESTS: 50}
+    assert taken(fallback, "d", "pool", limits) == {Dimension.REQUESTS: 50}
     assert fallback.outstanding("pool") == {Dimension.REQUESTS: 50}
 
 

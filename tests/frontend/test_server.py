@@ -18,6 +18,7 @@ import pytest
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
 
+from paceline.frontend.fallback import blind_us
 from paceline.frontend.limits import FALLBACK_EXPIRY_US, FALLBACK_GRACE_US
 from paceline.frontend.server import Server, StartError, run
 from paceline.ledger.journal import StoreUnavailable
@@ -165,10 +166,15 @@ async def test_a_restart_hands_out_no_share_while_those_of_before_may_live(tmp_p
         assert (await caller.reserve()).fallback_shares
     async with running(fields) as server, calling(server) as caller:
         assert not (await caller.reserve()).fallback_shares
-        slot = server.router.slots["default"]
-        assert slot.owner.inherited_at is not None
-        slot.owner.inherited_at -= FALLBACK_EXPIRY_US + FALLBACK_GRACE_US
-        assert (await caller.reserve()).fallback_shares
+        owner = server.router.slots["default"].owner
+        assert owner.inherited_at is not None
+        later = owner.now() + FALLBACK_EXPIRY_US + FALLBACK_GRACE_US
+        server.fallback.begin("default", owner.epoch + 1, blind_us(owner.inherited_at, later, 0))
+        # Another client: this one is not to ask again for a second.
+        talk = Talk(caller)
+        await talk.hello(instance_id="another")
+        await talk.one(reserve=reserve())
+        assert talk.shares
 
 
 # -- starting ---------------------------------------------------------------------------------------------------

@@ -17,7 +17,17 @@ from prometheus_client.parser import text_string_to_metric_families as parse_tex
 from paceline.engine.answers import Reason
 from paceline.engine.dimensions import UNLIMITED, Dimension, Window
 from paceline.engine.operations import Priority, Refusal
-from paceline.telemetry import Endpoint, Figures, Histogram, JournalFigures, LedgerFigures, LimitFigures, Traffic
+from paceline.telemetry import (
+    Endpoint,
+    Figures,
+    FleetFigures,
+    Histogram,
+    JournalFigures,
+    LedgerFigures,
+    LimitFigures,
+    RouteFigures,
+    Traffic,
+)
 from paceline.telemetry.definitions import LABELS, METRICS
 from paceline.telemetry.document import markdown
 from paceline.telemetry.endpoint import MAX_CONNECTIONS
@@ -52,7 +62,13 @@ LEDGER = LedgerFigures(
     ),
 )
 FIGURES = Figures(
-    (LEDGER,), Traffic({("Reserve", "OK"): 9, ("Commit", "UNAVAILABLE"): 1}, {("reserve", "OK"): 5}, 2, 1)
+    (LEDGER,),
+    Traffic({("Reserve", "OK"): 9, ("Commit", "UNAVAILABLE"): 1}, {("reserve", "OK"): 5}, 2, 1),
+    (
+        RouteFigures("main", "owner", 7, 3, lease_age=0.25, renewals=11),
+        RouteFigures("other", "standby", 4, 5, resent=6, shed=8, poisoned=1),
+    ),
+    FleetFigures(3, {"acquired": 2, "took_over": 1, "reasserted": 4}, 9),
 )
 
 
@@ -137,6 +153,31 @@ async def test_histograms_are_cumulative(served: tuple[Source, Endpoint]) -> Non
     assert value(found, f"{name}_count", **labels) == 7
     assert value(found, f"{name}_sum", **labels) == 12.5
     assert found[name].type == "histogram"
+
+
+async def test_owners_and_the_ways_to_them(served: tuple[Source, Endpoint]) -> None:
+    source, endpoint = served
+    found = await scrape(endpoint)
+    roles = {("main", "owner"): 1, ("main", "standby"): 0, ("other", "owner"): 0, ("other", "standby"): 1}
+    for (ledger, role), expected in roles.items():
+        assert value(found, "paceline_ledger_role", ledger=ledger, role=role) == expected
+    assert value(found, "paceline_ledger_epoch", ledger="other") == 4
+    assert value(found, "paceline_lease_age_seconds", ledger="main") == 0.25
+    assert [sample.labels["ledger"] for sample in found["paceline_lease_age_seconds"].samples] == ["main"]
+    assert value(found, "paceline_lease_renewals_total", ledger="main") == 11
+    assert value(found, "paceline_ledger_pending", ledger="other") == 5
+    assert value(found, "paceline_ledger_resent_total", ledger="other") == 6
+    assert value(found, "paceline_ledger_shed_total", ledger="other") == 8
+    assert value(found, "paceline_ledger_poisoned_total", ledger="other") == 1
+    assert value(found, "paceline_owner_changes_total", change="took_over") == 1
+    assert value(found, "paceline_owner_changes_total", change="deposed") == 0
+    assert value(found, "paceline_store_lost_total") == 9
+    assert value(found, "paceline_nodes") == 3
+    source.figures = replace(FIGURES, fleet=None, routes=())
+    alone = await scrape(endpoint)
+    # What has been seen once keeps no stale value.
+    assert "paceline_nodes" not in alone
+    assert "paceline_ledger_epoch" not in alone
 
 
 async def test_a_later_reading_shows_later_figures(served: tuple[Source, Endpoint]) -> None:

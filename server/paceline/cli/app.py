@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from paceline.cli import config
+from paceline.cli import config, ledgers
 from paceline.cli.console import say
 from paceline.cli.health import health
 from paceline.cli.pools import pools
@@ -26,6 +26,7 @@ app.command()(serve)
 app.add_typer(config.app, name="config")
 app.command()(reserve)
 app.command()(pools)
+app.add_typer(ledgers.app, name="ledgers")
 app.command()(report)
 app.command()(health)
 app.command()(upstream)

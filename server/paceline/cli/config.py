@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Annotated
 
 import typer
 
 from paceline.cli.console import FAILED, leave, say
 from paceline.config import check as check_config
+from paceline.config import load_config
 from paceline.config.schema import schema as config_schema
+from paceline.ledger.journal import StoreError
+from paceline.ledger.store import open_store
 
 app = typer.Typer(help="Look at configurations.")
 
@@ -22,11 +26,22 @@ def check(
     The environment is left out: what is checked is the file.
     """
     report = check_config(file, {})
-    for line in (*report.errors, *report.notes):
-        say(line if line in report.errors else f"note: {line}")
-    if report.errors:
+    errors = [*report.errors, *(() if report.errors else _of_store(file))]
+    for line in errors:
+        say(line)
+    for note in report.notes:
+        say(f"note: {note}")
+    if errors:
         leave(FAILED)
     say(f"{file}: ok")
+
+
+def _of_store(file: str) -> Iterator[str]:
+    """What is wrong with the store's URL that only the store itself knows. Never the URL."""
+    try:
+        open_store(load_config(file, {}, secrets=False).store)
+    except StoreError as error:
+        yield f"{file}: store: {error}"
 
 
 @app.command()

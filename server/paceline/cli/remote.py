@@ -17,11 +17,15 @@ from paceline.config import Config
 
 DEFAULT_ADDRESS: str = Config.model_fields["listen"].default
 MAX_SECONDS = 600.0
+_FIND_SECONDS = 1.0
+"""For each of several servers to be reached."""
 
 Address = Annotated[
     str,
     typer.Option(
-        envvar="PACELINE_ADDRESS", metavar="HOST:PORT", help="Where the server listens. `unix:PATH` works too."
+        envvar="PACELINE_ADDRESS",
+        metavar="HOST:PORT",
+        help="Where the server listens. `unix:PATH` works too. Of several, divided by commas, the first that answers.",
     ),
 ]
 TokenFile = Annotated[
@@ -63,12 +67,30 @@ def connect(address: str, token_file: Path | None, token: str | None) -> Iterato
     if not (bearer.isascii() and bearer.isprintable()):
         raise CommandError("the token has characters that a token cannot have")
     metadata = (("authorization", f"Bearer {bearer}"),) if bearer else ()
-    # A proxy of the environment would be asked for the server.
-    with grpc.insecure_channel(address, options=(("grpc.enable_http_proxy", 0),)) as channel:
+    where = _answering(address)
+    with _channel(where) as channel:
         try:
             yield Remote(channel, metadata)
         except grpc.RpcError as error:
-            raise CommandError(in_words(error, address)) from None
+            raise CommandError(in_words(error, where)) from None
+
+
+def _answering(addresses: str) -> str:
+    """The first of several addresses where something answers; if none does, the last."""
+    *others, last = [address.strip() for address in addresses.split(",")]
+    for address in others:
+        with _channel(address) as channel:
+            try:
+                grpc.channel_ready_future(channel).result(timeout=_FIND_SECONDS)
+            except grpc.FutureTimeoutError:
+                continue
+            return address
+    return last
+
+
+def _channel(address: str) -> grpc.Channel:
+    # A proxy of the environment would be asked for the server.
+    return grpc.insecure_channel(address, options=(("grpc.enable_http_proxy", 0),))
 
 
 def in_words(error: grpc.RpcError, address: str) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import sys
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -41,6 +42,16 @@ def serve(
         str | None,
         typer.Option(metavar="ADDRESS", help=f"HOST:PORT where metrics are read, or off. {_default('metrics_listen')}"),
     ] = None,
+    workers: Annotated[
+        int,
+        typer.Option(
+            min=1,
+            max=64,
+            metavar="N",
+            help="Processes that serve the address together. With an embedded store the first one keeps the books. "
+            "Worker number i, from 0, offers its metrics on the port of --metrics-listen plus i.",
+        ),
+    ] = 1,
     log_format: Annotated[
         Literal["text", "json"] | None, typer.Option(help=f"How logs are written. {_default('log_format')}")
     ] = None,
@@ -68,7 +79,7 @@ def serve(
         for line in error.lines:
             error_line(_named(line, flags))
         leave(FAILED)
-    leave(_run(found))
+    leave(_run(found, workers))
 
 
 def _named(line: str, flags: dict[str, str]) -> str:
@@ -80,16 +91,27 @@ def _named(line: str, flags: dict[str, str]) -> str:
     return line
 
 
-def _run(config: Config) -> int:
-    from paceline.frontend.server import run
+def _run(config: Config, workers: int) -> int:
+    from paceline.frontend.server import StartError, run
+    from paceline.frontend.workers import run_workers, worker_of
     from paceline.telemetry import set_up_logging
 
     set_up_logging(config.log_format, config.log_level)
     import structlog
 
+    try:
+        worker = worker_of(os.environ)
+    except StartError as error:
+        error_line(str(error))
+        return FAILED
+    if worker is not None and worker.index > 0:
+        # The first one has said it.
+        return run(config, worker)
     log = structlog.get_logger("paceline")
     for note in config.notes:
         log.warning("configuration", note=note)
     if config.store == "embedded:":
         log.warning("nothing is kept: the books end with this process; --store embedded:PATH keeps them in a file")
-    return run(config)
+    if workers > 1 and worker is None:
+        return run_workers(workers, config.listen, sys.argv[1:], config.limits.drain_timeout_us / 1e6)
+    return run(config, worker)

@@ -6,6 +6,7 @@ from paceline.config.document import ConfigError
 from paceline.config.limits import ServerLimits
 from paceline.config.load import Report, check, load_config, token_hashes
 from paceline.config.model import CandidateSpec, Config, IdentitySpec
+from paceline.config.peers import node_name, peer_address
 from paceline.config.translate import Shares, catalogue, definitions, expand_ladder
 
 __all__ = [
@@ -21,5 +22,7 @@ __all__ = [
     "definitions",
     "expand_ladder",
     "load_config",
+    "node_name",
+    "peer_address",
     "token_hashes",
 ]

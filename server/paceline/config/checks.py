@@ -5,17 +5,19 @@ from __future__ import annotations
 import hashlib
 from collections import Counter
 from collections.abc import Iterator
+from urllib.parse import urlsplit
 
 from paceline.config.model import AccountSpec, Config, PoolSpec, ShareSpec
 from paceline.config.translate import account_provider, catalogue, expand_ladder
 from paceline.config.wording import did_you_mean
-from paceline.engine.dimensions import Dimension
+from paceline.engine.dimensions import SECOND_US, Dimension
 from paceline.providers.catalogue import Catalogue, Path, endpoint_pools, pool_key
 from paceline.providers.patterns import bare_model
 from paceline.providers.schema import Limits, ProviderSpec
 
 MAX_SHARE_DEPTH = 8
 MAX_SHARES = 10_000
+_LOCAL = frozenset({"localhost", "127.0.0.1", "::1"})
 Problems = Iterator[tuple[Path, str]]
 
 # A token must not be guessable, and this one is in every log of a misconfigured deployment.
@@ -40,6 +42,8 @@ def problems(config: Config) -> Problems:
 def notes(config: Config) -> Problems:
     """What is accepted, and yet may not do what its author hopes."""
     known = catalogue(config)
+    if not config.store.startswith("embedded:"):
+        yield from _fleet(config)
     for name, account in config.accounts.items():
         provider = known.spec.providers[account_provider(config, account)]
         if account.tier is not None and not provider.tiers[account.tier].limits:
@@ -55,6 +59,19 @@ def notes(config: Config) -> Problems:
             if candidate.ladder is None and not known.knows(candidate.target):
                 where: Path = ("ladders", name, index, "model")
                 yield where, f"{candidate.model!r} is not in the catalogue; it gets cautious limits, no price"
+
+
+def _fleet(config: Config) -> Problems:
+    if not config.peer_advertise and _is_local(config.peer_listen) and not _is_local(config.store):
+        yield ("peer_listen",), "servers on other machines cannot connect to it; listen beyond this machine"
+    if config.away_us < config.lease_us + SECOND_US:
+        yield ("away",), "is shorter than lease and a second: calls fail when a server dies"
+
+
+def _is_local(address: str) -> bool:
+    """Whether only this machine can connect to an address or a store."""
+    host = urlsplit(address if "://" in address else f"//{address}").netloc.rpartition("@")[2]
+    return address.startswith("unix:") or all(urlsplit(f"//{each}").hostname in _LOCAL for each in host.split(","))
 
 
 def share_path(names: tuple[str, ...]) -> Path:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ipaddress
 import re
 from functools import partial
 from typing import Annotated
@@ -68,6 +69,7 @@ def metrics_address(value: str) -> str:
 def store_url(value: str) -> str:
     """Where journals are kept. The message never repeats the URL: it may hold a password."""
     scheme, colon, rest = value.partition(":")
+    scheme = re.sub("^valkey", "redis", scheme)
     if not colon or scheme not in STORE_FORMS:
         raise ValueError(f"is not a store URL; write one of {', '.join(STORE_FORMS.values())}")
     if scheme == "embedded":
@@ -75,7 +77,9 @@ def store_url(value: str) -> str:
             raise ValueError(f"names no file; write {STORE_FORMS[scheme]}")
         return value
     if not rest.startswith("//"):
-        raise ValueError(f"lacks the // in front of the host; write {STORE_FORMS[scheme]}")
+        raise ValueError(f"lacks the //; write {STORE_FORMS[scheme]}")
+    if scheme == "unix":
+        return value
     try:
         parts = urlsplit(value)
     except ValueError:
@@ -92,11 +96,32 @@ def store_url(value: str) -> str:
         if not valid:
             raise ValueError(f"has a host or port that is not valid; write {STORE_FORMS[scheme]}")
     path = parts.path.strip("/")
-    if scheme == "redis+sentinel":
-        if not path or "/" in path:
+    if scheme.endswith("+sentinel"):
+        master, _, path = path.partition("/")
+        if not master:
             raise ValueError(f"names no master; write {STORE_FORMS[scheme]}")
-    elif path and not (path.isascii() and path.isdigit() and len(path) <= 4 and scheme != "redis+cluster"):
+    if path and not (path.isascii() and path.isdigit() and len(path) <= 4 and not scheme.endswith("+cluster")):
         raise ValueError(f"has a path that is no database number; write {STORE_FORMS[scheme]}")
+    return value
+
+
+def peer_address(value: str) -> str:
+    """``HOST`` or ``HOST:PORT``, or nothing."""
+    if not value:
+        return value
+    try:
+        host = str(ipaddress.ip_address(value))
+    except ValueError:
+        host = ""
+    parts = urlsplit(f"//[{host}]" if ":" in host else f"//{value}")
+    try:
+        valid = bool(parts.hostname) and (parts.port is None or parts.port > 0)
+    except ValueError:
+        valid = False
+    if not valid or parts.path or parts.query or parts.fragment or "@" in value:
+        raise ValueError("is no address; write HOST or HOST:PORT, like 10.1.2.3 or paceline-0.paceline:7134")
+    if parts.hostname in WILDCARDS:
+        raise ValueError("is no address that others can connect to; write this machine's own")
     return value
 
 
@@ -105,9 +130,16 @@ STORE_FORMS = {
     "redis": "redis://HOST:PORT/DB",
     "rediss": "rediss://HOST:PORT/DB",
     "redis+sentinel": "redis+sentinel://HOST:PORT,HOST:PORT/MASTER",
+    "rediss+sentinel": "rediss+sentinel://HOST:PORT,HOST:PORT/MASTER",
     "redis+cluster": "redis+cluster://HOST:PORT,HOST:PORT",
+    "rediss+cluster": "rediss+cluster://HOST:PORT,HOST:PORT",
+    "unix": "unix:///PATH of a socket of Redis",
 }
-"""The forms of store URLs by scheme."""
+"""The forms of store URLs by scheme; ``valkey`` may stand for ``redis``. What else stands in them, the store knows."""
+
+
+WILDCARDS = frozenset({"0.0.0.0", "::"})  # noqa: S104 -- to tell them, not to listen there
+"""Hosts to listen on, and not to connect to."""
 
 
 def _no_controls(value: str) -> str:
@@ -116,6 +148,14 @@ def _no_controls(value: str) -> str:
     return value
 
 
+LeaseDuration = Annotated[
+    int, BeforeValidator(partial(duration, least=SECOND_US, most=30 * SECOND_US), json_schema_input_type=float | str)
+]
+"""1 to 30 seconds, in µs."""
+LagDuration = Annotated[
+    int, BeforeValidator(partial(duration, least=0, most=60 * SECOND_US), json_schema_input_type=float | str)
+]
+"""0 to 60 seconds, in µs."""
 ShortDuration = Annotated[
     int, BeforeValidator(partial(duration, least=1_000, most=600 * SECOND_US), json_schema_input_type=float | str)
 ]
@@ -129,5 +169,6 @@ Label = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", max_length
 Plain = Annotated[str, Field(max_length=128), AfterValidator(_no_controls)]
 """Text as callers send it."""
 ListenAddress = Annotated[str, Field(max_length=512), AfterValidator(listen_address)]
+PeerAddress = Annotated[str, Field(max_length=512), AfterValidator(peer_address)]
 MetricsAddress = Annotated[str, Field(max_length=512), AfterValidator(metrics_address)]
 StoreUrl = Annotated[str, Field(max_length=2048), AfterValidator(store_url)]

@@ -28,14 +28,17 @@ class Report(NamedTuple):
     notes: tuple[str, ...]
 
 
-def load_config(path: str | FilePath | None = None, environ: Mapping[str, str] | None = None) -> Config:
+def load_config(
+    path: str | FilePath | None = None, environ: Mapping[str, str] | None = None, *, secrets: bool = True
+) -> Config:
     """Read, complete and check the configuration. Raises :class:`ConfigError` with every fault found.
 
     Without ``path`` all is default but what the environment sets. Lines are ``FILE:LINE: path.to.field: what;
-    fix``.
+    fix``. Without ``secrets`` the file that holds the store's URL is left unread, and ``store`` at its default.
     """
     document = Document("(defaults)", {}) if path is None else _read(str(path))
     _overlay(document, os.environ if environ is None else environ)
+    _take_store(document, secrets)
     config = _validated(Config, document)
     folder = FilePath() if path is None else FilePath(path).parent
     files = _catalogue_files(config, document, folder)
@@ -47,9 +50,9 @@ def load_config(path: str | FilePath | None = None, environ: Mapping[str, str] |
 
 
 def check(path: str | FilePath | None, environ: Mapping[str, str] | None = None) -> Report:
-    """Whether a configuration can be used, and what deserves a word."""
+    """Whether a configuration can be used, and what deserves a word. Files that hold secrets are not read."""
     try:
-        config = load_config(path, environ)
+        config = load_config(path, environ, secrets=False)
     except ConfigError as error:
         return Report(tuple(error.lines), ())
     return Report((), config.notes)
@@ -82,20 +85,24 @@ def _digest(identity: IdentitySpec, environ: Mapping[str, str]) -> bytes:
     if identity.token_sha256 is not None:
         return bytes.fromhex(identity.token_sha256)
     if identity.token_env is not None:
-        token = environ.get(identity.token_env, "")
+        token = environ.get(identity.token_env, "").strip()
         source = f"environment variable {identity.token_env}"
     else:
         source = f"file {identity.token_file}"
-        try:
-            with open(identity.token_file or "", encoding="utf-8") as file:
-                token = file.read(64 * 1024)
-        except (OSError, ValueError) as error:
-            reason = error.strerror if isinstance(error, OSError) else "not UTF-8 text"
-            raise LookupError(f"{source} cannot be read ({reason}); mend it") from None
-    token = token.strip()
+        token = _secret(identity.token_file or "")
     if not token:
         raise LookupError(f"{source} holds no token; set it")
     return hashlib.sha256(token.encode()).digest()
+
+
+def _secret(path: str) -> str:
+    """What a file holds that is not part of the configuration. Raises :class:`LookupError`."""
+    try:
+        with open(path, encoding="utf-8") as file:
+            return file.read(64 * 1024).strip()
+    except (OSError, ValueError) as error:
+        reason = error.strerror if isinstance(error, OSError) else "not UTF-8 text"
+        raise LookupError(f"file {path} cannot be read ({reason}); mend it") from None
 
 
 def _read(path: str) -> Document:
@@ -115,6 +122,33 @@ def _overlay(document: Document, environ: Mapping[str, str]) -> None:
         if value:
             document.data[field] = value
             document.sources[(field,)] = variable
+
+
+def _take_store(document: Document, secrets: bool) -> None:
+    """Put the store's URL from its file in the place of ``store``."""
+    data = document.data
+    if not isinstance(data, dict):
+        return
+    where, variables = data.get("store_file"), document.sources
+    if ("store",) in variables and ("store_file",) not in variables:
+        data.pop("store_file", None)
+        return
+    if not isinstance(where, str) or not where:
+        return
+    if ("store_file",) in variables and ("store",) not in variables:
+        data.pop("store", None)
+    if "store" in data:
+        raise ConfigError([document.line(("store_file",), "stands beside store; remove one of the two")])
+    if not secrets:
+        return
+    try:
+        url = _secret(where)
+        if not url:
+            raise LookupError(f"file {where} holds no store URL; write one into it")
+    except LookupError as error:
+        raise ConfigError([document.line(("store_file",), error.args[0])]) from None
+    data["store"] = url
+    variables["store",] = f"file {where}"
 
 
 def _validated(model: type[M], document: Document) -> M:

@@ -11,9 +11,19 @@ from typing import Annotated, Literal
 
 from pydantic import BeforeValidator, Field, PrivateAttr, StrictBool
 
-from paceline.config.fields import Label, ListenAddress, MetricsAddress, Plain, StoreUrl
+from paceline.config.fields import (
+    Label,
+    LagDuration,
+    LeaseDuration,
+    ListenAddress,
+    MetricsAddress,
+    PeerAddress,
+    Plain,
+    ShortDuration,
+    StoreUrl,
+)
 from paceline.config.limits import ServerLimits
-from paceline.engine.dimensions import UNLIMITED
+from paceline.engine.dimensions import SECOND_US, UNLIMITED
 from paceline.providers.catalogue import Target, packaged
 from paceline.providers.schema import CatalogueSpec, Count, Limits, Strict, Text, Usd, merge, usd
 
@@ -164,9 +174,29 @@ class Config(Strict):
     listen: ListenAddress = "127.0.0.1:7133"
     """Where callers connect: `HOST:PORT` or `unix:PATH`. Environment: `PACELINE_LISTEN`."""
     store: StoreUrl = "embedded:"
-    """Where journals are kept: `embedded:PATH`, or `embedded:` to keep nothing. Environment: `PACELINE_STORE`."""
+    """Where journals are kept: `embedded:PATH`, or `embedded:` to keep nothing; `redis://HOST:PORT/DB` and its kin for
+    several servers. Environment: `PACELINE_STORE`."""
+    store_file: Annotated[str, Field(max_length=4096)] = ""
+    """A file that holds the store's URL, in place of `store`, so that its password stands elsewhere. Environment:
+    `PACELINE_STORE_FILE`."""
     metrics_listen: MetricsAddress = "off"
     """Where metrics are read: `HOST:PORT` or `off`. Environment: `PACELINE_METRICS_LISTEN`."""
+    node: Label | Literal[""] = ""
+    """This server's name among those that share a store; each needs its own. If empty: the machine's, with a random
+    part. Environment: `PACELINE_NODE`."""
+    peer_listen: ListenAddress = "127.0.0.1:0"
+    """Where the other servers of a store connect: `HOST:PORT`. Environment: `PACELINE_PEER_LISTEN`."""
+    peer_advertise: PeerAddress = ""
+    """The address that they are told: `HOST` or `HOST:PORT`. If empty: that of `peer_listen`, or the machine's name
+    where that is a wildcard. Environment: `PACELINE_PEER_ADVERTISE`."""
+    lease_us: LeaseDuration = Field(default=3 * SECOND_US, alias="lease")
+    """How long a server that has died, or is cut off, keeps its ledgers: 1 to 30 s. All servers of a store need the
+    same."""
+    away_us: ShortDuration = Field(default=5 * SECOND_US, alias="away")
+    """How long calls wait for a ledger whose owner has gone, before they are told that it is away."""
+    replication_lag_us: LagDuration = Field(default=1 * SECOND_US, alias="replication_lag")
+    """How far a store's replica that becomes the primary may be behind, and how long the primary before it may have
+    gone on. So much longer does a new owner wait after the store's failover."""
     log_format: Literal["text", "json"] = "text"
     """Environment: `PACELINE_LOG_FORMAT`."""
     log_level: Literal["debug", "info", "warning", "error"] = "info"
@@ -208,7 +238,16 @@ class Config(Strict):
             stack += [((*names, name), (*shares, share)) for name, share in below]
 
 
-ENVIRONMENT = {
-    f"PACELINE_{field.upper()}": field for field in ("listen", "store", "metrics_listen", "log_format", "log_level")
-}
+_OVERRIDDEN = (
+    "listen",
+    "store",
+    "store_file",
+    "metrics_listen",
+    "node",
+    "peer_listen",
+    "peer_advertise",
+    "log_format",
+    "log_level",
+)
+ENVIRONMENT = {f"PACELINE_{field.upper()}": field for field in _OVERRIDDEN}
 """Environment variables that override the file, with the fields they set."""

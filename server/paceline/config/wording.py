@@ -13,7 +13,7 @@ from pydantic_core import ErrorDetails
 from paceline.config.document import Document
 from paceline.providers.catalogue import Path
 
-_SECRET = frozenset({"store", "token_sha256", "token_env", "token_file"})
+_SECRET = frozenset({"store", "store_file", "token_sha256", "token_env", "token_file"})
 _KINDS = {
     "int_type": "a whole number",
     "int_from_float": "a whole number",

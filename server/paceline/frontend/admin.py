@@ -1,18 +1,19 @@
-"""AdminService over the ledgers of this server.
+"""AdminService.
 
 What is shown comes from memory, at the instant of the question; what is changed goes through the ledger like any other
-operation. Needs the role ``admin``.
+operation. The methods here are about the ledgers that this process owns; with others beside it,
+:mod:`paceline.frontend.admin_fleet` sends calls to where they belong, and :mod:`paceline.frontend.admin_watch` watches
+what the others own. Needs the role ``admin``.
 """
 
 from __future__ import annotations
 
 import asyncio
 import base64
-import secrets
-from collections import Counter, deque
-from collections.abc import AsyncIterator, Callable, Iterable, Iterator, Sequence
+from collections import Counter
+from collections.abc import Awaitable, Callable, Iterable, Iterator, Sequence
 from itertools import islice
-from typing import Protocol, TypeVar
+from typing import TypeVar, cast
 
 import grpc
 from google.protobuf.message import DecodeError, Message
@@ -33,13 +34,13 @@ from paceline.engine.operations import (
 from paceline.engine.state import Ended, Pool, Reservation, State
 from paceline.engine.waiting import Pending
 from paceline.frontend import report, view
+from paceline.frontend.admin_fleet import ADMIN, Fleet, Method, NotHere, page_size, serve_call
+from paceline.frontend.admin_watch import CHANGES, Elsewhere, Hub, Trackers
 from paceline.frontend.auth import Authenticator
 from paceline.frontend.desk import problem_of
 from paceline.frontend.errors import Code, Problem, exhausted, invalid, missing, refused, undecodable, unexpected
 from paceline.frontend.limits import (
-    DEFAULT_PAGE_SIZE,
     MAX_HOLD_US,
-    MAX_PAGE_SIZE,
     MAX_PAUSE_REASON_CHARS,
     MAX_RETRY_AFTER_US,
     MAX_WATCH_NAMES,
@@ -58,63 +59,95 @@ SERVICE = "paceline.v1.AdminService"
 _CHUNK = 4_096
 """Reservations looked at between two turns of the event loop."""
 _MAX_WATCHED_RESERVATIONS = 20_000
-_MAX_GONE = 20_000
-_EVENTS_A_MESSAGE = 256
 _WINDOWS = frozenset(int(window) for window in Window)
 _MAX_LIMIT = 1_000_000_000_000_000
 
 M = TypeVar("M", bound=Message)
 T = TypeVar("T")
-R = TypeVar("R", contravariant=True)
 
 _Found = Pending | Reservation | Ended
 _WAITING, _OPEN, _ENDED = -1, 0, 1
 """Parts of a list, in the order of a life: whoever moves on while pages are read may come twice, but is not missed."""
 
 
+Handler = Callable[[bytes], Awaitable[bytes]]
+"""Answers another process."""
+
+
 class Admin:
-    """The service. ``provider_of`` names the provider of an account."""
+    """The service. ``provider_of`` names the provider of an account; ``fleet``: other processes own ledgers too."""
 
     def __init__(
-        self, router: Router, authenticator: Authenticator, places: Places, provider_of: Callable[[str], str]
+        self,
+        router: Router,
+        authenticator: Authenticator,
+        places: Places,
+        provider_of: Callable[[str], str],
+        fleet: Fleet | None = None,
     ) -> None:
+        self._fleet = fleet
         self._router = router
         self._authenticator = authenticator
         self._places = places
         self._provider_of = provider_of
         self._pause_reasons: dict[str, str] = {}
         """By pool; never more than there are pools."""
-        self._hub = _Hub(self)
+        elsewhere = None if fleet is None else Elsewhere(fleet)
+        self._trackers = Trackers(self.watched, self.last_state)
+        self._hub = Hub(self.watched, self.last_state, elsewhere)
         self._watches: set[asyncio.Task[object]] = set()
         self.requests: Counter[tuple[str, str]] = Counter()
         """Unary calls that ended, by method and status."""
 
+        self._methods = {
+            "ListLedgers": _method(pb.ListLedgersRequest, pb.ListLedgersResponse, self._list_ledgers),
+            "GetLedger": _method(pb.GetLedgerRequest, pb.GetLedgerResponse, self._get_ledger),
+            "ListPools": _method(pb.ListPoolsRequest, pb.ListPoolsResponse, self._list_pools),
+            "GetPool": _method(pb.GetPoolRequest, pb.GetPoolResponse, self._get_pool),
+            "PausePool": _method(pb.PausePoolRequest, pb.PausePoolResponse, self._pause_pool),
+            "ResumePool": _method(pb.ResumePoolRequest, pb.ResumePoolResponse, self._resume_pool),
+            "UpdateLimit": _method(pb.UpdateLimitRequest, pb.UpdateLimitResponse, self._update_limit),
+            "SetMode": _method(pb.SetModeRequest, pb.SetModeResponse, self._set_mode),
+            "ListShares": _method(pb.ListSharesRequest, pb.ListSharesResponse, self._list_shares),
+            "GetShare": _method(pb.GetShareRequest, pb.GetShareResponse, self._get_share),
+            "UpdateShare": _method(pb.UpdateShareRequest, pb.UpdateShareResponse, self._update_share),
+            "GetSpend": _method(pb.GetSpendRequest, pb.GetSpendResponse, self._get_spend),
+            "ListReservations": _method(
+                pb.ListReservationsRequest, pb.ListReservationsResponse, self._list_reservations
+            ),
+            "GetReservation": _method(pb.GetReservationRequest, pb.GetReservationResponse, self._get_reservation),
+            "UpdateReservation": _method(
+                pb.UpdateReservationRequest, pb.UpdateReservationResponse, self._update_reservation
+            ),
+            "CancelReservation": _method(
+                pb.CancelReservationRequest, pb.CancelReservationResponse, self._cancel_reservation
+            ),
+            "Explain": _method(pb.ExplainRequest, pb.ExplainResponse, self._explain),
+            "GetReport": _method(pb.GetReportRequest, pb.GetReportResponse, self._get_report),
+            "FinalizeUpgrade": _method(pb.FinalizeUpgradeRequest, pb.FinalizeUpgradeResponse, self._finalize_upgrade),
+            "HandOverLedger": _method(pb.HandOverLedgerRequest, pb.HandOverLedgerResponse, self._hand_over_ledger),
+        }
+        if fleet is not None:
+            fleet.methods = self._methods
+
     def handler(self) -> grpc.GenericRpcHandler:
         """What to add to a server."""
-        return grpc.method_handlers_generic_handler(
-            SERVICE,
-            {
-                "ListLedgers": self._unary(pb.ListLedgersRequest, self._list_ledgers),
-                "GetLedger": self._unary(pb.GetLedgerRequest, self._get_ledger),
-                "ListPools": self._unary(pb.ListPoolsRequest, self._list_pools),
-                "GetPool": self._unary(pb.GetPoolRequest, self._get_pool),
-                "PausePool": self._unary(pb.PausePoolRequest, self._pause_pool),
-                "ResumePool": self._unary(pb.ResumePoolRequest, self._resume_pool),
-                "UpdateLimit": self._unary(pb.UpdateLimitRequest, self._update_limit),
-                "SetMode": self._unary(pb.SetModeRequest, self._set_mode),
-                "ListShares": self._unary(pb.ListSharesRequest, self._list_shares),
-                "GetShare": self._unary(pb.GetShareRequest, self._get_share),
-                "UpdateShare": self._unary(pb.UpdateShareRequest, self._update_share),
-                "GetSpend": self._unary(pb.GetSpendRequest, self._get_spend),
-                "ListReservations": self._unary(pb.ListReservationsRequest, self._list_reservations),
-                "GetReservation": self._unary(pb.GetReservationRequest, self._get_reservation),
-                "UpdateReservation": self._unary(pb.UpdateReservationRequest, self._update_reservation),
-                "CancelReservation": self._unary(pb.CancelReservationRequest, self._cancel_reservation),
-                "Explain": self._unary(pb.ExplainRequest, self._explain),
-                "GetReport": self._unary(pb.GetReportRequest, self._get_report),
-                "Watch": grpc.unary_stream_rpc_method_handler(self._watch),
-            },
-        )
+        handlers: dict[str, grpc.RpcMethodHandler[bytes, bytes]] = {
+            name: self._unary(name, method) for name, method in self._methods.items()
+        }
+        handlers["Watch"] = grpc.unary_stream_rpc_method_handler(self._watch)
+        return grpc.method_handlers_generic_handler(SERVICE, handlers)
+
+    def peer_handlers(self) -> dict[str, Handler]:
+        """What to register with the peer service: questions of other processes about the ledgers owned here."""
+
+        async def call(body: bytes) -> bytes:
+            return await serve_call(self._methods, body)
+
+        async def changes(body: bytes) -> bytes:
+            return self._trackers.serve(body)
+
+        return {ADMIN: call, CHANGES: changes}
 
     @property
     def watching(self) -> int:
@@ -126,25 +159,39 @@ class Admin:
         for task in self._watches:
             task.cancel()
 
-    def _unary(self, kind: type[M], serve: _Serve[M]) -> grpc.RpcMethodHandler[bytes, bytes]:
-        method = kind.__name__.removesuffix("Request")
+    async def _serve(self, name: str, message: Message) -> Message:
+        if self._fleet is None:
+            return await self._methods[name].serve(message)
+        answer = await self._fleet.serve(name, message)
+        if isinstance(answer, pb.GetPoolResponse):
+            self._complete(answer.pool)
+        elif isinstance(answer, pb.ListPoolsResponse):
+            for pool in answer.pools:
+                self._complete(pool)
+        return answer
 
+    def _complete(self, pool: pb.Pool) -> None:
+        """An owner knows the targets that its own callers have named; this server may know others."""
+        if not pool.targets:
+            pool.targets.extend(self._targets(pool.name))
+
+    def _unary(self, name: str, method: Method) -> grpc.RpcMethodHandler[bytes, bytes]:
         async def handle(raw: bytes, context: Context) -> bytes:
             problem: Problem
             try:
                 self._authenticator.administrator(context.invocation_metadata())
                 try:
-                    message = kind.FromString(raw)
+                    message = method.request.FromString(raw)
                 except DecodeError:
                     raise undecodable() from None
-                body = (await serve(message)).SerializeToString()
-                self.requests[method, "OK"] += 1
+                body = (await self._serve(name, message)).SerializeToString()
+                self.requests[name, "OK"] += 1
                 return body
             except Problem as error:
                 problem = error
             except Exception as error:
                 problem = unexpected("admin", error)
-            self.requests[method, problem.code.name] += 1
+            self.requests[name, problem.code.name] += 1
             await problem.abort(context)
             return b""
 
@@ -153,12 +200,23 @@ class Admin:
     # -- ledgers and pools --------------------------------------------------------------------------------------
 
     async def _list_ledgers(self, request: pb.ListLedgersRequest) -> pb.ListLedgersResponse:
-        slots = [self._router.slots[name] for name in sorted(self._router.slots)]
+        slots = sorted(self._slots(), key=lambda slot: slot.account)
         page, token = _page(slots, request.page_size, request.page_token, lambda slot: slot.account)
         return pb.ListLedgersResponse(ledgers=map(self.ledger, page), next_page_token=token)
 
     async def _get_ledger(self, request: pb.GetLedgerRequest) -> pb.GetLedgerResponse:
         return pb.GetLedgerResponse(ledger=self.ledger(self._slot(request.name, "name")))
+
+    async def _finalize_upgrade(self, request: pb.FinalizeUpgradeRequest) -> pb.FinalizeUpgradeResponse:
+        slot = self._slot(request.ledger, "ledger")
+        if request.form < 0:
+            raise invalid("form", "must not be negative")
+        await _fleet(self._fleet).finalize(slot.account, request.form)
+        return pb.FinalizeUpgradeResponse(ledger=self.ledger(slot))
+
+    async def _hand_over_ledger(self, request: pb.HandOverLedgerRequest) -> pb.HandOverLedgerResponse:
+        slot = self._slot(request.ledger, "ledger")
+        return pb.HandOverLedgerResponse(node=await _fleet(self._fleet).hand_over(slot.account, request.node))
 
     async def _list_pools(self, request: pb.ListPoolsRequest) -> pb.ListPoolsResponse:
         found = [(slot, state, pool) for slot, state in self._books(request.ledger) for pool in state.pools.values()]
@@ -235,7 +293,7 @@ class Admin:
         elif request.ledger:
             slots = [self._slot(request.ledger, "ledger")]
         else:
-            slots = list(self._router.slots.values())
+            slots = self._slots()
         operation = SetMode(Mode(request.mode), request.pool, tenant)
         for slot in slots:
             await self._change(slot, operation)
@@ -324,7 +382,7 @@ class Admin:
         if pb.RESERVATION_STATE_UNSPECIFIED in wanted:
             wanted = set(pb.ReservationState.values())
         least_age = duration_us(request.min_age, "min_age", MAX_RETRY_AFTER_US, cut=True)
-        size = _size(request.page_size)
+        size = page_size(request.page_size)
         skip_ledger, skip_part, skip_at, skip_key = _unpack(request.page_token)
         response = pb.ListReservationsResponse()
         last = ("", 0, -1, "")
@@ -399,7 +457,7 @@ class Admin:
                 if entry is not None:
                     found.append((slot, state, key, entry))
         if not found:
-            raise missing("reservation_id: no reservation of this id is on the books")
+            raise NotHere(Code.NOT_FOUND, "reservation_id: no reservation of this id is on the books")
         if len({key for _, _, key, _ in found}) > 1:
             raise refused("identity", "several identities use this id: name one")
         # One ledger may have it while others have a tombstone.
@@ -460,38 +518,52 @@ class Admin:
 
     def ledger(self, slot: Slot) -> pb.Ledger:
         """As it is shown."""
-        return view.ledger(slot, self._provider_of(slot.account))
+        message = view.ledger(slot, self._provider_of(slot.account))
+        if self._fleet is not None:
+            message.owner, message.newest_form = self._fleet.node, self._fleet.form
+        return message
 
     def pool(self, slot: Slot, state: State, pool: Pool) -> pb.Pool:
         """As it is shown."""
+        return view.pool(slot, state, pool, self._targets(pool.name), self._pause_reasons.get(pool.name, ""))
+
+    def _targets(self, pool: str) -> Iterable[pb.Target]:
         targets: dict[bytes, pb.Target] = {}
-        for destination in islice(self._places.destinations(pool.name), view.MAX_SHOWN_TARGETS):
+        for destination in islice(self._places.destinations(pool), view.MAX_SHOWN_TARGETS):
             targets[destination.grant_target] = destination.target
-        return view.pool(slot, state, pool, targets.values(), self._pause_reasons.get(pool.name, ""))
+        return targets.values()
 
     def _slot(self, name: str, path: str) -> Slot:
         if not name:
             raise invalid(path, "is required: the name of a ledger")
         slot = self._router.slots.get(name)
-        if slot is None:
-            raise missing(f"{path}: this server has no ledger of this name")
+        if slot is None or slot.is_remote:
+            raise NotHere(Code.NOT_FOUND, f"{path}: this server has no ledger of this name")
         return slot
+
+    def _slots(self) -> list[Slot]:
+        """The ledgers that are owned here."""
+        return [slot for slot in self._router.slots.values() if not slot.is_remote]
 
     def _books(self, ledger: str) -> list[tuple[Slot, State]]:
         """The books of one ledger, or of all, by name."""
-        slots = [self._slot(ledger, "ledger")] if ledger else self._router.slots.values()
+        slots = [self._slot(ledger, "ledger")] if ledger else self._slots()
         return [(slot, view.books(slot)) for slot in sorted(slots, key=lambda slot: slot.account)]
 
     def _pool(self, name: str, path: str) -> tuple[Slot, State, Pool]:
         if not name:
             raise invalid(path, "is required: the name of a pool")
-        for slot in self._router.slots.values():
+        slots = self._slots()
+        for slot in slots:
             state = slot.state
             if state is not None and name in state.pools:
                 state = view.books(slot)
                 return slot, state, state.pools[name]
-        away = next((slot for slot in self._router.slots.values() if not slot.ready), None)
-        raise missing(f"{path}: no ledger has a pool of this name") if away is None else view.away(away)
+        away = next((slot for slot in slots if not slot.ready), None)
+        if away is None:
+            raise NotHere(Code.NOT_FOUND, f"{path}: no ledger has a pool of this name")
+        problem = view.away(away)
+        raise NotHere(problem.code, problem.message, problem.violations, problem.retry_after_us)
 
     @staticmethod
     def _bucket(state: State, limit: pb.DimensionRef) -> Bucket:
@@ -534,9 +606,9 @@ class Admin:
             if len(request.ledgers) + len(request.pools) > MAX_WATCH_NAMES:
                 raise invalid("pools", f"and ledgers have too many entries: at most {MAX_WATCH_NAMES} together")
             for name in request.ledgers:
-                self._slot(name, "ledgers")
+                await self._serve("GetLedger", pb.GetLedgerRequest(name=name))
             for name in request.pools:
-                self._pool(name, "pools")
+                await self._serve("GetPool", pb.GetPoolRequest(name=name))
             interval = max(
                 WATCH_INTERVAL_US, duration_us(request.min_interval, "min_interval", MAX_RETRY_AFTER_US, cut=True)
             )
@@ -557,10 +629,12 @@ class Admin:
             problem = unexpected("watch", error)
         await problem.abort(context)
 
-    def resources(self, reservations: bool) -> Iterator[tuple[str, pb.WatchEvent]]:
-        """Everything that is watched, under names that sort by kind."""
-        for slot in list(self._router.slots.values()):
+    def watched(self, ledger: str, reservations: bool) -> Iterator[tuple[str, pb.WatchEvent]]:
+        """Everything that is watched of one ledger that is owned here, or of all, under names that sort by kind."""
+        for slot in self._slots():
             account = slot.account
+            if ledger not in ("", account):
+                continue
             yield f"ledger\0{account}", pb.WatchEvent(ledger=self.ledger(slot))
             state = slot.state
             if state is None:
@@ -587,154 +661,15 @@ class Admin:
         return pb.WatchEvent(reservation=view.ended(slot, state, key, ended))
 
 
-class _Serve(Protocol[R]):
-    async def __call__(self, request: R, /) -> Message: ...
+def _method(request: type[M], response: type[Message], serve: Callable[[M], Awaitable[Message]]) -> Method:
+    # A method is called with messages of its own kind only.
+    return Method(request, response, cast(Callable[[Message], Awaitable[Message]], serve))
 
 
-class _Entry:
-    __slots__ = ("encoded", "event", "revision")
-
-    def __init__(self, revision: int, event: pb.WatchEvent, encoded: bytes) -> None:
-        self.revision = revision
-        self.event = event
-        self.encoded = encoded
-
-
-class _Hub:
-    """What all watches share: the newest state of everything, each with the revision in which it changed.
-
-    A resume token is the hub's name and a revision. What has gone is kept for the last ``_MAX_GONE``; an older token is
-    OUT_OF_RANGE. Nothing is looked at while nobody watches.
-    """
-
-    def __init__(self, admin: Admin) -> None:
-        self._admin = admin
-        self._name = secrets.token_hex(4)
-        self._revision = 0
-        self._entries: dict[str, _Entry] = {}
-        self._gone: deque[tuple[int, str, pb.WatchEvent]] = deque()
-        self._forgotten = 0
-        """The newest revision of what was dropped from ``_gone``."""
-        self._looked = 0.0
-        self._with_reservations = 0
-
-    async def follow(self, request: pb.WatchRequest, interval: float) -> AsyncIterator[pb.WatchResponse]:
-        """The snapshot, then changes, for one watch."""
-        if request.reservations:
-            self._with_reservations += 1
-        try:
-            seen = self._resume(request.resume_token)
-            self._look(force=True)
-            if seen is None:
-                events = [entry.event for entry in self._entries.values() if _watched(entry.event, request)]
-                for part in _parts(events):
-                    yield pb.WatchResponse(phase=pb.WATCH_PHASE_SNAPSHOT, events=part)
-                seen = self._revision
-                yield pb.WatchResponse(phase=pb.WATCH_PHASE_SNAPSHOT_END, resume_token=self._token(seen))
-            while True:
-                if seen < self._forgotten:
-                    raise _too_old()
-                changed = [event for event in self._since(seen) if _watched(event, request)]
-                if self._revision > seen:
-                    seen = self._revision
-                    parts = list(_parts(changed))
-                    for place, part in enumerate(parts):
-                        token = self._token(seen) if place == len(parts) - 1 else ""
-                        yield pb.WatchResponse(phase=pb.WATCH_PHASE_CHANGE, resume_token=token, events=part)
-                await asyncio.sleep(interval)
-                self._look()
-        finally:
-            if request.reservations:
-                self._with_reservations -= 1
-
-    def _token(self, revision: int) -> str:
-        return f"{self._name}.{revision}"
-
-    def _resume(self, token: str) -> int | None:
-        if not token:
-            return None
-        name, _, revision = token.partition(".")
-        if name != self._name or not revision.isdigit() or len(revision) > 18:
-            raise _too_old()
-        if not self._forgotten <= int(revision) <= self._revision:
-            raise _too_old()
-        return int(revision)
-
-    def _since(self, revision: int) -> Iterator[pb.WatchEvent]:
-        for entry in self._entries.values():
-            if entry.revision > revision:
-                yield entry.event
-        for at, _, event in self._gone:
-            if at > revision:
-                yield event
-
-    def _look(self, force: bool = False) -> None:
-        """Find what has changed, not more often than four times a second."""
-        now = asyncio.get_running_loop().time()
-        if not force and now - self._looked < WATCH_INTERVAL_US / 1e6 / 2:
-            return
-        self._looked = now
-        revision = self._revision + 1
-        changed = False
-        left = dict.fromkeys(self._entries)
-        reservations = self._with_reservations > 0
-        for name, event in self._admin.resources(reservations):
-            left.pop(name, None)
-            encoded = event.SerializeToString(deterministic=True)
-            entry = self._entries.get(name)
-            if entry is None or entry.encoded != encoded:
-                event.time.GetCurrentTime()
-                self._entries[name] = _Entry(revision, event, encoded)
-                changed = True
-        for name in left:
-            if name.startswith("reservation\0") and not reservations:
-                del self._entries[name]
-                continue
-            self._remove(revision, name)
-            changed = True
-        if changed:
-            self._revision = revision
-
-    def _remove(self, revision: int, name: str) -> None:
-        entry = self._entries.pop(name)
-        event = self._admin.last_state(name) if name.startswith("reservation\0") else None
-        if event is None:
-            event = pb.WatchEvent()
-            event.CopyFrom(entry.event)
-            event.removed = True
-        event.time.GetCurrentTime()
-        self._gone.append((revision, name, event))
-        if len(self._gone) > _MAX_GONE:
-            self._forgotten = self._gone.popleft()[0]
-
-
-def _watched(event: pb.WatchEvent, request: pb.WatchRequest) -> bool:
-    kind = event.WhichOneof("resource")
-    ledger, pool = "", ""
-    if kind == "ledger":
-        ledger = event.ledger.name
-    elif kind == "pool":
-        ledger, pool = event.pool.ledger, event.pool.name
-    elif kind == "share":
-        ledger, pool = event.share.ledger, event.share.pool
-    elif kind == "mode":
-        ledger, pool = event.mode.ledger, event.mode.pool
-    elif kind == "reservation":
-        if not request.reservations:
-            return False
-        ledger, pool = event.reservation.ledger, event.reservation.pool
-    if request.ledgers and ledger not in request.ledgers:
-        return False
-    return not request.pools or not pool or pool in request.pools
-
-
-def _parts(events: Sequence[pb.WatchEvent]) -> Iterator[Sequence[pb.WatchEvent]]:
-    for start in range(0, len(events), _EVENTS_A_MESSAGE):
-        yield events[start : start + _EVENTS_A_MESSAGE]
-
-
-def _too_old() -> Problem:
-    return Problem(Code.OUT_OF_RANGE, "resume_token: is too old, or of another server: start without one")
+def _fleet(fleet: Fleet | None) -> Fleet:
+    if fleet is None:
+        raise refused("ledger", "is kept by one server alone, in a store that no other one can use")
+    return fleet
 
 
 def _later(field: str, what: str) -> Problem:
@@ -753,15 +688,9 @@ def _dimension(value: int, path: str) -> Dimension:
         raise invalid(path, "is required: one of the values of Dimension") from None
 
 
-def _size(asked: int) -> int:
-    if asked < 0:
-        raise invalid("page_size", "must not be negative")
-    return min(asked or DEFAULT_PAGE_SIZE, MAX_PAGE_SIZE)
-
-
 def _page(entries: Sequence[T], asked: int, token: str, name_of: Callable[[T], str]) -> tuple[Iterable[T], str]:
     """The entries after the one that ``token`` names, and the next token."""
-    size = _size(asked)
+    size = page_size(asked)
     start = 0
     if token:
         last = _unpack(token)[0]

@@ -17,9 +17,9 @@ from paceline.frontend import wire
 from paceline.frontend.auth import Authenticator, Caller
 from paceline.frontend.desk import Desk, Ticket
 from paceline.frontend.errors import Problem, exhausted, undecodable, unexpected
-from paceline.frontend.fallback import Fallback
 from paceline.frontend.limits import DEADLINE_MARGIN_US, MAX_UNARY_CALLS
 from paceline.frontend.session import Context, Sessions
+from paceline.frontend.shares import Shares
 from paceline_client.stubs import v1 as pb
 
 SERVICE = "paceline.v1.CoordinatorService"
@@ -33,42 +33,42 @@ M = TypeVar("M", bound=Message)
 class _One:
     """The sink of a unary call."""
 
-    __slots__ = ("_fallback", "_shares", "answer", "granted", "instance", "shared")
+    __slots__ = ("_encoded", "_shares", "answer", "granted", "instance", "shared")
 
-    def __init__(self, answer: asyncio.Future[bytes], fallback: Fallback, instance: str) -> None:
+    def __init__(self, answer: asyncio.Future[bytes], shares: Shares, instance: str) -> None:
         self.answer = answer
         self.granted = False
         self.shared: set[str] = set()
         self.instance = instance
-        self._fallback = fallback
-        self._shares = b""
+        self._shares = shares
+        self._encoded = b""
 
     def answered(self, ticket: Ticket, body: bytes, granted: bool) -> None:
         self.granted = granted
         if not self.answer.done():
-            self.answer.set_result(body + self._shares)
+            self.answer.set_result(body + self._encoded)
 
     def failed(self, ticket: Ticket, problem: Problem) -> None:
         if not self.answer.done():
             self.answer.set_exception(problem)
 
-    def demand(self, pool: str, charges: Sequence[tuple[Dimension, int]], count: int) -> None:
-        self._fallback.note(self.instance, pool, charges, count)
+    def demand(self, ledger: str, pool: str, charges: Sequence[tuple[Dimension, int]], count: int) -> None:
+        self._shares.note(self.instance, ledger, pool, charges, count)
 
-    def share(self, ticket: Ticket, pool: str, touched: Touched) -> None:
-        share = self._fallback.share(self.instance, pool, touched)
+    def share(self, ticket: Ticket, ledger: str, pool: str, touched: Touched) -> None:
+        share = self._shares.share(self.instance, ledger, pool, touched)
         if share is not None:
-            self._shares = wire.block(_SHARES_FIELD, share.SerializeToString())
+            self._encoded = wire.block(_SHARES_FIELD, share.SerializeToString())
 
 
 class Coordinator:
     """The service."""
 
-    def __init__(self, desk: Desk, sessions: Sessions, authenticator: Authenticator, fallback: Fallback) -> None:
+    def __init__(self, desk: Desk, sessions: Sessions, authenticator: Authenticator, shares: Shares) -> None:
         self._desk = desk
         self._sessions = sessions
         self._authenticator = authenticator
-        self._fallback = fallback
+        self._shares = shares
         self.running = 0
         """Unary calls in progress."""
         self.requests: Counter[tuple[str, str]] = Counter()
@@ -142,7 +142,7 @@ class Coordinator:
             message = kind.FromString(raw)
         except DecodeError:
             raise undecodable() from None
-        sink = _One(asyncio.get_running_loop().create_future(), self._fallback, f"{caller.identity}/@{context.peer()}")
+        sink = _One(asyncio.get_running_loop().create_future(), self._shares, f"{caller.identity}/@{context.peer()}")
         ticket = Ticket(self._desk, sink, caller, 0, field)
         start(message, ticket, caller, context)
         try:

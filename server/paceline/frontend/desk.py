@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import asyncio
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Protocol
 
 import msgspec
@@ -21,8 +21,8 @@ from paceline.frontend.errors import Code, Problem, exhausted, refused, unavaila
 from paceline.frontend.limits import MAX_ORPHANS, ORPHAN_GRACE_US
 from paceline.frontend.places import Destination
 from paceline.frontend.replies import Replies, draining
-from paceline.frontend.requests import Known, Requests, Reservation
-from paceline.frontend.routing import Router, Slot
+from paceline.frontend.requests import Known, Recall, Requests, Reservation
+from paceline.frontend.routing import Found, Router, Slot, look_up
 from paceline.ledger.owner import (
     LedgerBusy,
     LedgerDraining,
@@ -61,13 +61,21 @@ class Sink(Protocol):
         """No answer."""
         ...
 
-    def share(self, ticket: Ticket, pool: str, touched: Touched) -> None:
+    def share(self, ticket: Ticket, ledger: str, pool: str, touched: Touched) -> None:
         """A pool that is not in ``shared`` was granted from, by an answer that follows."""
         ...
 
-    def demand(self, pool: str, charges: Sequence[tuple[Dimension, int]], count: int) -> None:
+    def demand(self, ledger: str, pool: str, charges: Sequence[tuple[Dimension, int]], count: int) -> None:
         """So many calls were granted, each holding ``charges``."""
         ...
+
+
+class _Elsewhere(Exception):
+    """The reservation may be known where another process owns the ledger: it has to be looked for."""
+
+    def __init__(self, key: str) -> None:
+        super().__init__("elsewhere")
+        self.key = key
 
 
 class Ticket:
@@ -82,6 +90,9 @@ class Ticket:
     pool = ""
     priced = True
     wide: Wide | None = None
+    found: Found | None = None
+    """Where the reservation was found, if it was looked for."""
+    is_searched = False
 
     def __init__(self, desk: Desk, sink: Sink, caller: Caller, number: int, field: int) -> None:
         self.desk = desk
@@ -97,10 +108,11 @@ class Ticket:
             if type(answer) is Granted:
                 sink = self.sink
                 body = self.desk.replies.granted(answer, self.choices, len(self.caller.prefix))
-                pool = answer.context.pool
-                sink.demand(pool, answer.context.charges, len(answer.keys))
-                if pool not in sink.shared and self.slot is not None and self.slot.is_sharing:
-                    sink.share(self, pool, answer.touched)
+                context = answer.context
+                pool = context.pool
+                sink.demand(context.ledger, pool, context.charges, len(answer.keys))
+                if pool not in sink.shared:
+                    sink.share(self, context.ledger, pool, answer.touched)
                 sink.answered(self, body, True)
             elif type(answer) is Denied:
                 self.desk.unclaim(self.key)
@@ -199,6 +211,8 @@ class Desk:
         """Reserves by key whose answer is still to be delivered. Bounded by the caps of the sinks."""
         self._orphans = 0
         self._grace_us = orphan_grace_us
+        self._searches: set[asyncio.Task[None]] = set()
+        """For reservations without a context. Bounded by the caps of the sinks."""
 
     @property
     def undelivered(self) -> int:
@@ -237,15 +251,20 @@ class Desk:
 
     def commit(self, message: pb.CommitRequest, ticket: Ticket, caller: Caller) -> None:
         """Start a Commit."""
-        operation = self.requests.commit(message, caller, self.recall)
+        try:
+            self._commit(message, ticket, caller, self.recall)
+        except _Elsewhere as where:
+            self._search(ticket, where.key, lambda found: self._commit(message, ticket, caller, self._recall_of(found)))
+
+    def _commit(self, message: pb.CommitRequest, ticket: Ticket, caller: Caller, recall: Recall) -> None:
+        operation = self.requests.commit(message, caller, recall)
         ticket.key = operation.key
         context = ticket.context = operation.context
-        slot = ticket.slot = self._home(operation.key, context)
         if context is None:
-            known = self.recall(operation.key, None)
-            ticket.pool = known.pool or ""
+            ticket.pool = recall(operation.key, None).pool or ""
         else:
             ticket.priced = context.prices != NO_PRICES
+        slot = ticket.slot = self._home(operation.key, context, ticket)
         slot.submit(operation, ticket.committed)
 
     def release(self, message: pb.ReleaseRequest, ticket: Ticket, caller: Caller) -> None:
@@ -254,12 +273,18 @@ class Desk:
         ticket.key = operation.key
         context = operation.context
         if context is not None:
-            ticket.slot = self._home(operation.key, context)
+            ticket.slot = self._home(operation.key, context, ticket)
             ticket.slot.submit(operation, ticket.released)
             return
         slot = self.router.known(operation.key)
-        if slot is not None:
-            slots = [slot]
+        if slot is None and self.router.is_spread:
+            self._search(ticket, operation.key, lambda found: self._release(operation, accounts, ticket, found))
+        else:
+            self._release(operation, accounts, ticket, slot)
+
+    def _release(self, operation: Release, accounts: Sequence[str], ticket: Ticket, known: Slot | Found | None) -> None:
+        if known is not None:
+            slots = [known.slot if isinstance(known, Found) else known]
         elif accounts:
             slots = [self.router.slot(account, f"targets[{place}].account") for place, account in enumerate(accounts)]
         else:
@@ -271,9 +296,15 @@ class Desk:
 
     def renew(self, message: pb.RenewRequest, ticket: Ticket, caller: Caller) -> None:
         """Start a Renew."""
-        operation = self.requests.renew(message, caller, self.recall)
+        try:
+            self._renew(message, ticket, caller, self.recall)
+        except _Elsewhere as where:
+            self._search(ticket, where.key, lambda found: self._renew(message, ticket, caller, self._recall_of(found)))
+
+    def _renew(self, message: pb.RenewRequest, ticket: Ticket, caller: Caller, recall: Recall) -> None:
+        operation = self.requests.renew(message, caller, recall)
         ticket.key = operation.key
-        ticket.slot = self._home(operation.key, operation.context)
+        ticket.slot = self._home(operation.key, operation.context, ticket)
         ticket.slot.submit(operation, ticket.renewed)
 
     def observe(self, message: pb.ObserveRequest, ticket: Ticket, caller: Caller) -> None:
@@ -333,29 +364,56 @@ class Desk:
     # -- routing ------------------------------------------------------------------------------------------------
 
     def recall(self, key: str, context: Context | None) -> Known:
-        """What is known of a grant: its pool, and how long ago it was."""
+        """What is known of a grant: its pool, and how long ago it was. Raises :class:`_Elsewhere`."""
         if context is not None:
             slot = self.router.slots.get(context.ledger)
-            if slot is None or not slot.started:
-                return Known(context.pool, None)
-            return Known(context.pool, max(0, slot.owner.now() - context.granted_at))
+            now = None if slot is None else slot.now()
+            return Known(context.pool, None if now is None else max(0, now - context.granted_at))
         slot = self.router.known(key)
         state = None if slot is None else slot.state
         if slot is None or state is None:
+            if self.router.is_spread:
+                raise _Elsewhere(key)
             return Known(None, None)
-        reservation = state.open.get(key) or state.ended.get(key)
-        if reservation is None:
-            return Known(None, None)
-        granted_at = reservation.granted_at
-        return Known(reservation.pool, None if granted_at is None else max(0, slot.owner.now() - granted_at))
+        found = look_up(state, key, slot.now() or 0)
+        return Known(None, None) if found is None else Known(found[0], found[1])
 
-    def _home(self, key: str, context: Context | None) -> Slot:
-        """The ledger of a reservation. Raises :class:`Problem` if nobody knows it."""
+    def _recall_of(self, found: Found | None) -> Recall:
+        """The same, once every ledger was asked."""
+
+        def recall(key: str, context: Context | None) -> Known:
+            if context is not None:
+                return self.recall(key, context)
+            return Known(None, None) if found is None else Known(found.pool, found.age_us)
+
+        return recall
+
+    def _search(self, ticket: Ticket, key: str, go_on: Callable[[Found | None], object]) -> None:
+        """Find a reservation in the ledgers that others own, then go on."""
+
+        async def search() -> None:
+            try:
+                ticket.found = await self.router.locate(key)
+                ticket.is_searched = True
+                go_on(ticket.found)
+            except Problem as problem:
+                ticket.sink.failed(ticket, problem)
+            except Exception as error:
+                ticket.sink.failed(ticket, unexpected("search", error))
+
+        task = asyncio.get_running_loop().create_task(search())
+        self._searches.add(task)
+        task.add_done_callback(self._searches.discard)
+
+    def _home(self, key: str, context: Context | None, ticket: Ticket) -> Slot:
+        """The ledger of a reservation. Raises :class:`Problem` if nobody knows it, and :class:`_Elsewhere`."""
         if context is not None:
             slot = self.router.slots.get(context.ledger)
             return self.router.slot(context.ledger, "context") if slot is None else slot
-        slot = self.router.known(key)
+        slot = self.router.known(key) if ticket.found is None else ticket.found.slot
         if slot is None:
+            if self.router.is_spread and not ticket.is_searched:
+                raise _Elsewhere(key)
             away = next((each for each in self.router.slots.values() if not each.ready), None)
             if away is not None:
                 raise unavailable(f"ledger {away.account!r} is away, and might know the reservation: ask again")
@@ -385,12 +443,36 @@ class Desk:
         if running is not None:
             running.join(ticket)
             return
+        wide = Wide(self, ticket, plan)
         try:
-            Wide(self, ticket, plan).begin()
+            known = self.router.known(key)
+            if known is None and self.router.is_spread:
+                self._begin_later(wide, key)
+                return
+            state = None if known is None else known.state
+            ended = None if state is None else state.ended.get(key)
+            wide.begin(known, ended is not None and ended.granted_at is None)
         except Problem:
             self.unclaim(key)
             self.wides.pop(key, None)
             raise
+
+    def _begin_later(self, wide: Wide, key: str) -> None:
+        async def begin() -> None:
+            try:
+                found = await self.router.locate(key)
+                if found is None:
+                    wide.begin(None, False)
+                else:
+                    wide.begin(found.slot, found.ended and found.age_us is None)
+            except Problem as problem:
+                wide.fail(problem)
+            except Exception as error:
+                wide.fail(unexpected("search", error))
+
+        task = asyncio.get_running_loop().create_task(begin())
+        self._searches.add(task)
+        task.add_done_callback(self._searches.discard)
 
 
 class _Part:
@@ -445,15 +527,14 @@ class Wide:
         if wides.get(self._key) is self:
             del wides[self._key]
 
-    def begin(self) -> None:
-        """Ask the first ledger."""
-        known = self._desk.router.known(self._key)
+    def begin(self, known: Slot | None, withdrawn: bool) -> None:
+        """Ask the first ledger. ``known``: the one that knows the id; ``withdrawn``: from a release of it."""
+        if self._withdrawn:
+            return
         if known is not None:
             self._parts = deque(part for part in self._parts if part.slot is known)
             if not self._parts:
-                state = known.state
-                ended = None if state is None else state.ended.get(self._key)
-                raise _withdrawn() if ended is not None and ended.granted_at is None else _used()
+                raise _withdrawn() if withdrawn else _used()
         self._next()
 
     def _split(self, plan: Reservation) -> None:
@@ -511,9 +592,9 @@ class Wide:
             self._asked.append(part)
             self._next()
         except Problem as problem:
-            self._fail(problem)
+            self.fail(problem)
         except Exception as error:
-            self._fail(unexpected("reserve", error))
+            self.fail(unexpected("reserve", error))
 
     def _finish(self, answer: Answer | LedgerError | None) -> None:
         self._forget()
@@ -525,7 +606,8 @@ class Wide:
             ticket.wide = None
             ticket.reserved(LedgerUnavailable("no ledger was asked") if answer is None else answer)
 
-    def _fail(self, problem: Problem) -> None:
+    def fail(self, problem: Problem) -> None:
+        """Tell everybody who waits."""
         self._forget()
         for ticket in self._tickets:
             ticket.wide = None

@@ -11,10 +11,21 @@ from paceline.engine.stats import WAIT_BOUNDS_US
 from paceline.frontend import desk as kinds
 from paceline.frontend.admin import Admin
 from paceline.frontend.coordinator import Coordinator
+from paceline.frontend.fleet import FleetSlot
 from paceline.frontend.routing import Slot
 from paceline.frontend.session import Sessions
+from paceline.ledger.keeper import Keeper
 from paceline.ledger.owner import LATENCY_BUCKETS, Statistics
-from paceline.telemetry import Figures, Histogram, JournalFigures, LedgerFigures, LimitFigures, Traffic
+from paceline.telemetry import (
+    Figures,
+    FleetFigures,
+    Histogram,
+    JournalFigures,
+    LedgerFigures,
+    LimitFigures,
+    RouteFigures,
+    Traffic,
+)
 
 _OPERATIONS = {
     kinds.RESERVE: "reserve",
@@ -27,9 +38,16 @@ _WAIT_BOUNDS = tuple(bound / 1e6 for bound in WAIT_BOUNDS_US)
 _APPEND_BOUNDS = tuple((1 << power) / 1e6 for power in range(LATENCY_BUCKETS - 1))
 
 
-def figures(slots: Iterable[Slot], traffic: Traffic) -> Figures:
-    """Everything, at this moment."""
-    return Figures([_ledger(slot) for slot in slots], traffic)
+def figures(slots: Iterable[Slot], traffic: Traffic, keeper: Keeper | None = None) -> Figures:
+    """Everything, at this moment. ``keeper``: ledgers move between this process and others."""
+    slots = list(slots)
+    return Figures(
+        # What others own, they show themselves.
+        [_ledger(slot) for slot in slots if not slot.is_remote],
+        traffic,
+        [_route(slot, keeper) for slot in slots],
+        None if keeper is None else _fleet(keeper, slots),
+    )
 
 
 def traffic(coordinator: Coordinator, sessions: Sessions, admin: Admin) -> Traffic:
@@ -74,6 +92,49 @@ def _ledger(slot: Slot) -> LedgerFigures:
         pools={name: _state(pool, now) for name, pool in state.pools.items()},
         limits=[_limit(bucket, now) for bucket in _buckets(state)],
     )
+
+
+def _route(slot: Slot, keeper: Keeper | None) -> RouteFigures:
+    owner = slot.local
+    journal = None if keeper is None else keeper.journal(slot.account)
+    lease_age = None
+    if journal is not None and journal.lease_age_us is not None:
+        lease_age = journal.lease_age_us / 1e6
+    role = "owner"
+    if owner is None:
+        role = "standby" if keeper is not None and slot.account in keeper.info.warm else "front_end"
+    if not isinstance(slot, FleetSlot):
+        epoch, pending = (0, 0) if owner is None else (owner.epoch, owner.waiting)
+        return RouteFigures(slot.account, role, epoch, pending)
+    return RouteFigures(
+        name=slot.account,
+        role=role,
+        epoch=slot.epoch,
+        pending=slot.pending,
+        resent=slot.resent,
+        shed=slot.shed,
+        poisoned=slot.poisoned,
+        lease_age=lease_age,
+        renewals=0 if journal is None else journal.statistics.renewals,
+    )
+
+
+def _fleet(keeper: Keeper, slots: Iterable[Slot]) -> FleetFigures:
+    counted = keeper.statistics
+    reasserted = counted.reasserted
+    for slot in slots:
+        journal = keeper.journal(slot.account)
+        if journal is not None:
+            # The keeper counts those of owners that are gone.
+            reasserted += journal.statistics.reasserted + journal.statistics.refounded
+    changes = {
+        "acquired": counted.acquisitions,
+        "took_over": counted.take_overs,
+        "handed_over": counted.hand_overs,
+        "deposed": counted.deposed,
+        "reasserted": reasserted,
+    }
+    return FleetFigures(len(keeper.nodes()), changes, counted.lost_records)
 
 
 def _waiting(engine: Engine) -> dict[str, int]:

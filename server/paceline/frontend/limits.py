@@ -49,8 +49,13 @@ MAX_SESSIONS = 1_024
 MAX_SESSION_POOLS = 256
 MAX_UNARY_CALLS = 10_000
 MAX_ORPHANS = 20_000
+MAX_PENDING = 16_000
+MAX_PENDING_RESERVES = 12_000
 MAX_FALLBACK_POOLS = 1_024
 MAX_FALLBACK_INSTANCES = 10_000
+MAX_SHARE_CLIENTS = 40_000
+MAX_SHARE_ASKS = 512
+"""Wishes for fallback shares in one message to the owner of a ledger."""
 MAX_WATCHES = 64
 MAX_STREAMS = 4_096
 
@@ -82,6 +87,11 @@ FALLBACK_EXPIRY_US = 10 * MINUTE_US
 FALLBACK_GRACE_US = 10 * SECOND_US
 """How much later than it was made a fallback share may have reached its client."""
 FALLBACK_REFRESH_US = 5 * SECOND_US
+SHARE_ASK_INTERVAL_US = SECOND_US
+SHARE_ASK_TIMEOUT_US = SECOND_US
+ADMIN_TIMEOUT_US = 5 * SECOND_US
+"""For another process to answer an AdminService call."""
+SURRENDER_TIMEOUT_US = 2 * SECOND_US
 WATCH_INTERVAL_US = 250_000
 HELLO_TIMEOUT_US = 10 * SECOND_US
 RETRY_SOON_US = 200_000
@@ -134,10 +144,16 @@ KEPT_CAPS = (
     ),
     Cap("sessions of one server", f"{MAX_SESSIONS:,}", "RESOURCE_EXHAUSTED"),
     Cap("unary calls in progress", f"{MAX_UNARY_CALLS:,}", "RESOURCE_EXHAUSTED"),
+    Cap(
+        "operations of one ledger without an answer, where ledgers move",
+        f"{MAX_PENDING:,}, of which Reserves {MAX_PENDING_RESERVES:,}",
+        "RESOURCE_EXHAUSTED",
+    ),
     Cap("watches of one server", f"{MAX_WATCHES}", "RESOURCE_EXHAUSTED"),
     Cap("undelivered grants kept for a retry", f"{MAX_ORPHANS:,}", "released at once"),
     Cap("how long they are kept", _us(ORPHAN_GRACE_US), "released"),
     Cap("client instances with fallback shares, each pool", f"{MAX_FALLBACK_INSTANCES:,}", "no share for new ones"),
+    Cap("pairs of client and pool with fallback shares", f"{MAX_SHARE_CLIENTS:,}", "no share for new ones"),
     Cap("life of a fallback share", _us(FALLBACK_EXPIRY_US), "expires"),
 )
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import NamedTuple
 
 import structlog
 
@@ -16,8 +17,8 @@ from paceline.engine.dimensions import Dimension, Window
 from paceline.engine.engine import Engine
 from paceline.engine.operations import DefinePool, Operation
 from paceline.engine.state import State
-from paceline.frontend.errors import refused
-from paceline.frontend.limits import FALLBACK_EXPIRY_US, FALLBACK_GRACE_US, MAX_DEFINED_POOLS, MAX_LEDGERS
+from paceline.frontend.errors import refused, unavailable
+from paceline.frontend.limits import MAX_DEFINED_POOLS, MAX_LEDGERS
 from paceline.frontend.places import Destination
 from paceline.ledger.journal import RETRYABLE, StoreError
 from paceline.ledger.owner import LedgerBusy, LedgerError, LedgerUnavailable, Owner, Phase
@@ -36,11 +37,16 @@ SetupOf = Callable[[str], Sequence[Operation]]
 
 
 class Slot:
-    """One local ledger: its owner, and what that owner has been told to define."""
+    """One ledger as this process sees it: its owner, and what that owner has been told to define.
 
-    def __init__(self, account: str, owner: Owner, setup: Sequence[Operation]) -> None:
+    This one is of a ledger that is always owned here; :class:`~paceline.frontend.fleet.FleetSlot` follows one that
+    moves.
+    """
+
+    def __init__(self, account: str, owner: Owner | None, setup: Sequence[Operation]) -> None:
         self.account = account
-        self.owner = owner
+        self.local = owner
+        """The owner, if it is in this process."""
         self.setup = tuple(setup)
         self.started = False
         self._defined: dict[str, DefinePool] = {}
@@ -48,21 +54,44 @@ class Slot:
         self._early: list[tuple[Operation, Reply]] = []
 
     @property
-    def ready(self) -> bool:
-        """The ledger decides."""
-        return self.started and self.owner.phase in (Phase.SERVING, Phase.REPLAYING)
+    def owner(self) -> Owner:
+        """The owner. Raises :class:`~paceline.frontend.errors.Problem` if it is in another process."""
+        owner = self.local
+        if owner is None:
+            raise unavailable(f"ledger {self.account!r} is not in this process now: ask again")
+        return owner
 
     @property
-    def is_sharing(self) -> bool:
-        """Whether this server may hand out fallback shares: those of the one before it have expired."""
-        before = self.owner.inherited_at
-        return before is None or self.owner.now() > before + FALLBACK_EXPIRY_US + FALLBACK_GRACE_US
+    def is_remote(self) -> bool:
+        """The owner is in another process, or nowhere: this process cannot look into the books."""
+        return self.local is None
+
+    @property
+    def ready(self) -> bool:
+        """The ledger decides."""
+        owner = self.local
+        return owner is not None and self.started and owner.phase in (Phase.SERVING, Phase.REPLAYING)
+
+    @property
+    def is_reachable(self) -> bool:
+        """Callers get decisions, if not at this very moment."""
+        return self.ready
 
     @property
     def engine(self) -> Engine | None:
-        """The engine over the books of this moment; ``None`` before they were first read."""
-        decider = self.owner.engine if self.started else None
+        """The engine over the books of this moment; ``None`` before they were first read, and if they are not here."""
+        owner = self.local
+        decider = owner.engine if owner is not None and self.started else None
         return decider if isinstance(decider, Engine) else None
+
+    def now(self) -> int | None:
+        """Ledger time in µs; ``None``: not known."""
+        return self.local.now() if self.local is not None and self.started else None
+
+    def layout(self, pool: str) -> list[tuple[Dimension, Window]]:
+        """A pool's own limits and the account's spend, in the order of the engine's charges; empty if not known."""
+        state = self.state
+        return [] if state is None else layout_of(state, pool)
 
     @property
     def state(self) -> State | None:
@@ -83,9 +112,13 @@ class Slot:
             else:
                 reply(LedgerBusy(f"ledger {self.account!r} is being read", 200_000))
             return
-        if self._epoch != self.owner.epoch:
+        owner = self.local
+        if owner is None:
+            reply(LedgerUnavailable(f"ledger {self.account!r} is not here"))
+            return
+        if self._epoch != owner.epoch:
             self._tell_all()
-        self.owner.submit(operation, reply)
+        owner.submit(operation, reply)
 
     def reserve(self, operation: Operation, choices: Iterable[tuple[int, Destination]], reply: Reply) -> None:
         """Pass an operation whose pools may be new."""
@@ -107,6 +140,12 @@ class Slot:
     def forget_definitions(self) -> None:
         """Define pools again on their next use."""
         self._defined.clear()
+
+    def prepare(self) -> None:
+        """What the owner has to be told of definitions is submitted when this returns."""
+        owner = self.local
+        if owner is not None and self.started and self._epoch != owner.epoch:
+            self._tell_all()
 
     def begin(self) -> None:
         """The owner serves: define, then pass on what came too early."""
@@ -139,8 +178,44 @@ class Slot:
             self._epoch = -1
 
 
+def layout_of(state: State, pool: str) -> list[tuple[Dimension, Window]]:
+    """A pool's own limits and the account's spend, in the order of the engine's charges; empty if there is no such."""
+    found = state.pools.get(pool)
+    if found is None:
+        return []
+    counted = {rule.dimension for rule in found.profile.rules}
+    buckets = (state.buckets[number] for number in found.buckets)
+    layout = [(bucket.dimension, bucket.window) for bucket in buckets if bucket.dimension in counted]
+    return [*layout, (Dimension.SPEND, Window.MONTH)]
+
+
+class Found(NamedTuple):
+    """A reservation that some ledger knows. ``pool`` of ``None``: it was never granted."""
+
+    slot: Slot
+    pool: str | None
+    age_us: int | None
+    """How long ago it was granted."""
+    ended: bool
+
+
+def look_up(state: State, key: str, now: int) -> tuple[str | None, int | None, bool] | None:
+    """Pool, age and whether it has ended, of a reservation or tombstone; ``None``: it is not known."""
+    opened = state.open.get(key)
+    if opened is not None:
+        return opened.pool, max(0, now - opened.granted_at), False
+    ended = state.ended.get(key)
+    if ended is None:
+        return None
+    granted_at = ended.granted_at
+    return ended.pool, None if granted_at is None else max(0, now - granted_at), True
+
+
 class Router:
     """The local ledgers. ``on_change`` hears of every change of a ledger's phase."""
+
+    is_spread = False
+    """Some ledgers may be owned elsewhere: :meth:`known` is not the last word, :meth:`locate` is."""
 
     def __init__(
         self,
@@ -149,9 +224,12 @@ class Router:
         *,
         most: int = MAX_LEDGERS,
         on_change: Callable[[Slot], object] | None = None,
+        on_begin: Callable[[Slot], object] | None = None,
     ) -> None:
+        """``on_begin`` hears of each ledger once, when it begins to serve."""
         self.slots: dict[str, Slot] = {}
         self.closed = False
+        self._on_begin = on_begin
         self._make_owner = make_owner
         self._setup_of = setup_of
         self._most = most
@@ -165,7 +243,7 @@ class Router:
             if account not in self.slots:
                 slot = self._make(account)
                 await slot.owner.start()
-                slot.begin()
+                self._begin(slot)
 
     def slot(self, account: str, path: str = "target.account") -> Slot:
         """The ledger of an account. Raises :class:`~paceline.frontend.errors.Problem` if there are too many."""
@@ -184,17 +262,20 @@ class Router:
                 return slot
         return None
 
+    async def locate(self, key: str) -> Found | None:
+        """The ledger that has or had this reservation, wherever it is owned. Raises
+        :class:`~paceline.frontend.errors.Problem` if one that may know it cannot be asked in time."""
+        for slot in self.slots.values():
+            state = slot.state
+            found = None if state is None else look_up(state, key, slot.now() or 0)
+            if found is not None:
+                return Found(slot, *found)
+        return None
+
     def layout_of(self, ledger: str, pool: str) -> list[tuple[Dimension, Window]]:
         """A pool's own limits and the account's spend, in the order of the engine's charges; empty if not known."""
         slot = self.slots.get(ledger)
-        state = None if slot is None else slot.state
-        found = None if state is None else state.pools.get(pool)
-        if state is None or found is None:
-            return []
-        counted = {rule.dimension for rule in found.profile.rules}
-        buckets = (state.buckets[number] for number in found.buckets)
-        layout = [(bucket.dimension, bucket.window) for bucket in buckets if bucket.dimension in counted]
-        return [*layout, (Dimension.SPEND, Window.MONTH)]
+        return [] if slot is None else slot.layout(pool)
 
     def ready(self) -> Iterator[Slot]:
         """The ledgers that have books to look at."""
@@ -221,13 +302,24 @@ class Router:
         slot = self.slots[account] = Slot(account, owner, self._setup_of(account))
         return slot
 
+    def prepare(self, ledger: str) -> None:
+        """What this process has to define at a ledger that it owns is submitted when this returns."""
+        slot = self.slots.get(ledger)
+        if slot is not None:
+            slot.prepare()
+
+    def _begin(self, slot: Slot) -> None:
+        slot.begin()
+        if self._on_begin is not None:
+            self._on_begin(slot)
+
     async def _start(self, slot: Slot) -> None:
         attempt = 0
         try:
             while True:
                 try:
                     await slot.owner.start()
-                    slot.begin()
+                    self._begin(slot)
                     return
                 except RETRYABLE as error:
                     slot.refuse_early(LedgerUnavailable(f"the store of ledger {slot.account!r} is away", 200_000))

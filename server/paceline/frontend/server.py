@@ -22,16 +22,19 @@ from grpc_health.v1._async import HealthServicer
 from grpc_reflection.v1alpha import reflection
 
 import paceline
-from paceline.config import Config, ConfigError, Shares, catalogue, definitions, expand_ladder, token_hashes
+from paceline.config import Config, ConfigError, catalogue, definitions, expand_ladder, node_name, token_hashes
+from paceline.config import Shares as TenantShares
 from paceline.engine.accounting import Estimate
 from paceline.engine.engine import Caps as EngineCaps
 from paceline.frontend import admin as administration
+from paceline.frontend.admin_fleet import Fleet
 from paceline.frontend.auth import Authenticator, Identity
 from paceline.frontend.context import META_KEY, Signer, new_key
 from paceline.frontend.coordinator import SERVICE, Coordinator
 from paceline.frontend.desk import Desk
 from paceline.frontend.fallback import Fallback
 from paceline.frontend.figures import figures, traffic
+from paceline.frontend.fleet import FleetSlot
 from paceline.frontend.limits import (
     FALLBACK_EXPIRY_US,
     FALLBACK_GRACE_US,
@@ -40,14 +43,18 @@ from paceline.frontend.limits import (
     MAX_STREAMS,
     Caps,
 )
+from paceline.frontend.membership import SHARE, Alone, Guest, Host, Member, Membership, Tools, Worker, fleet_key
+from paceline.frontend.peers.transport import PeerUnreachable
 from paceline.frontend.places import Places
 from paceline.frontend.replies import Replies
 from paceline.frontend.requests import Ladder, Requests
 from paceline.frontend.routing import Router, Slot
 from paceline.frontend.session import SessionCaps, Sessions
-from paceline.ledger.journal import Store, StoreError
+from paceline.frontend.shares import Shares
+from paceline.ledger.commands import Commands
+from paceline.ledger.journal import Store, StoreError, StoreUnavailable
 from paceline.ledger.machine import EngineMachine
-from paceline.ledger.owner import LedgerError, Owner, Phase
+from paceline.ledger.owner import LedgerError
 from paceline.ledger.store import open_store
 from paceline.providers import Catalogue, Target
 from paceline.providers.headers import ALLOWED_HEADERS, FAMILIES, parse
@@ -67,6 +74,9 @@ _KEEPALIVE_TIMEOUT_MS = 10_000
 _LEAST_PING_MS = 5_000
 _FLUSH_SECONDS = 0.5
 """For the last answers to leave."""
+_STORE_SECONDS = 30.0
+"""For so long a server that starts waits for a shared store that does not answer."""
+_STORE_PAUSE_SECONDS = 1.0
 _DRAIN_POLL_SECONDS = 0.02
 _ALONE_SECONDS = 1.0
 """Draining, with nobody there for so long: nobody comes back for what is granted."""
@@ -82,11 +92,24 @@ class StartError(Exception):
 class Server:
     """One server process. ``environ`` is where tokens may stand."""
 
-    def __init__(self, config: Config, *, store: Store | None = None, environ: dict[str, str] | None = None) -> None:
+    def __init__(
+        self,
+        config: Config,
+        *,
+        store: Store | None = None,
+        environ: dict[str, str] | None = None,
+        worker: Worker | None = None,
+    ) -> None:
         self.config = config
+        self.worker = worker
+        """Which of several processes on one address this is."""
         self.address = ""
         """Where it listens, once it does."""
         self.store = open_store(config.store) if store is None else store
+        self.shared = bool(getattr(self.store, "shared", False))
+        """Several processes may have the store open."""
+        self.node = node_name(config) + ("" if worker is None else f"-{worker.index}")
+        self._is_guest = worker is not None and worker.index > 0 and not self.shared
         self.authenticator = Authenticator(_identities(config, dict(os.environ) if environ is None else environ))
         self.catalogue = catalogue(config, on_unknown=_unknown)
         self.health = HealthServicer()
@@ -97,6 +120,8 @@ class Server:
         self.coordinator: Coordinator
         self.admin: administration.Admin
         self.fallback: Fallback
+        self.shares: Shares
+        self.membership: Membership
         self.metrics: Endpoint | None = None
         self._seen = 0.0
         """When somebody was last connected, while draining."""
@@ -108,26 +133,29 @@ class Server:
 
     async def start(self) -> None:
         """Open the store, read the ledgers, listen. Raises :class:`StartError`; nothing is left open then."""
-        limits = self.config.limits
-        where = _probe(self.config.listen)
+        where = probe(self.config.listen) if self.worker is None else self.worker.listen
         try:
-            await self.store.open()
+            if not self._is_guest:
+                await self._open_store()
         except StoreError as error:
             raise StartError(str(error)) from error
         try:
-            await self._assemble()
-            accounts = dict.fromkeys([*self.config.accounts, *await self.store.ledgers()])
-            await self.router.open(accounts)
-            self._server = self._listen(where, limits.max_message_bytes)
+            accounts = await self._assemble()
+            await self.membership.start(accounts)
+            self._server = self._listen(where, self.config.limits.max_message_bytes)
             await self._server.start()
             self._offer_metrics()
-        except (StoreError, LedgerError, StartError) as error:
+        except (StoreError, LedgerError, StartError, PeerUnreachable) as error:
             await self._undo()
             raise StartError(str(error)) from error
+        except RuntimeError as error:
+            await self._undo()
+            raise StartError(f"cannot listen for other servers: {error}; choose another `peer_listen`") from error
         except BaseException:
             await self._undo()
             raise
         self._spawn(self._refresh())
+        self._spawn(self.shares.run(self._ask_shares))
         self._health_changed()
         if self.authenticator.open and not _is_local(self.config.listen):
             _log.warning(
@@ -136,14 +164,24 @@ class Server:
                 listen=self.config.listen,
             )
 
-    async def _assemble(self) -> None:
+    async def _open_store(self) -> None:
+        """Open the store; one that is shared may be starting too, and is waited for. Raises :class:`StoreError`."""
+        until = time.monotonic() + (_STORE_SECONDS if self.shared else 0)
+        while True:
+            try:
+                await self.store.open()
+                return
+            except StoreUnavailable as error:
+                if time.monotonic() >= until:
+                    raise
+                _log.warning("the store is away, and is waited for", error=str(error), seconds=_STORE_SECONDS)
+            await asyncio.sleep(_STORE_PAUSE_SECONDS)
+
+    async def _assemble(self) -> list[str]:
+        """Make everything; the ledgers to begin with."""
         config, limits = self.config, self.config.limits
-        key = await self.store.get_meta(META_KEY)
-        if key is None:
-            key = new_key()
-            await self.store.put_meta(META_KEY, key)
-        signer = Signer(key)
-        places = Places(self.catalogue, Shares(config).shares_of, default_family=_family_of(self.catalogue))
+        accounts = list(config.accounts)
+        places = Places(self.catalogue, TenantShares(config).shares_of, default_family=_family_of(self.catalogue))
         ladders = {name: _ladder(config, name, places) for name in config.ladders}
         machine = EngineMachine(
             EngineCaps(
@@ -156,23 +194,25 @@ class Server:
             ),
             unseen_us=FALLBACK_EXPIRY_US + FALLBACK_GRACE_US,
         )
-
-        def owner(account: str, heard: Callable[[Phase], object]) -> Owner:
-            return Owner(account, self.store.journal(account), machine=machine, on_phase=heard)
-
-        self.router = Router(
-            owner,
+        self.fallback = Fallback(lambda: time.monotonic_ns() // 1_000, node=self.node)
+        tools = Tools(
+            config,
+            machine,
             lambda account: definitions(config, self.catalogue, account),
-            most=limits.max_accounts + len(config.accounts),
-            on_change=self._phase_changed,
+            self.fallback,
+            self._phase_changed,
         )
+        self.membership, key, known = await self._join(tools)
+        accounts += known
+        self.router = self.membership.router
+        signer = Signer(key)
         requests = Requests(places, signer, parse, ALLOWED_HEADERS, ladders=ladders, caps=_caps(config))
         self.desk = Desk(requests, Replies(signer, self.router.layout_of), self.router)
-        self.fallback = Fallback(lambda: time.monotonic_ns() // 1_000)
+        self.shares = Shares(lambda: time.monotonic_ns() // 1_000, self.fallback, self.membership.place)
         self.sessions = Sessions(
             self.desk,
             self.authenticator,
-            self.fallback,
+            self.shares,
             server_version=paceline.__version__,
             header_names=ALLOWED_HEADERS,
             caps=SessionCaps(
@@ -181,13 +221,45 @@ class Server:
                 open_items=limits.max_session_in_flight,
             ),
         )
-        self.coordinator = Coordinator(self.desk, self.sessions, self.authenticator, self.fallback)
-        self.admin = administration.Admin(self.router, self.authenticator, places, self._provider_of)
+        self.coordinator = Coordinator(self.desk, self.sessions, self.authenticator, self.shares)
+        membership = self.membership
+        fleet: Fleet | None = None
+        if membership.transport is not None:
+            fleet = Fleet(membership.node, membership, membership.transport, machine.form)
+        self.admin = administration.Admin(self.router, self.authenticator, places, self._provider_of, fleet)
+        membership.methods.update(self.admin.peer_handlers())
+        return accounts
+
+    async def _join(self, tools: Tools) -> tuple[Membership, bytes, list[str]]:
+        """This process's part, the key that signs contexts, and ledgers that are there already."""
+        worker, store = self.worker, self.store
+        if self._is_guest and worker is not None:
+            guest = Guest(tools, worker)
+            begun = await guest.begin()
+            return guest, begun.signing_key, begun.ledgers
+        if self.shared:
+            commands: Commands = store.commands  # type: ignore[attr-defined]
+            signing_key = await commands.put_meta(META_KEY, new_key())
+            listen = _peer_listen(self.config.peer_listen, worker)
+            member = Member(tools, commands, self.node, await fleet_key(commands), listen)
+            return member, signing_key, []
+        key = await store.get_meta(META_KEY)
+        if key is None:
+            key = new_key()
+            await store.put_meta(META_KEY, key)
+        return Alone(tools, store) if worker is None else Host(tools, store, worker, key), key, []
+
+    async def _ask_shares(self, ledger: str, body: bytes) -> bytes:
+        slot = self.router.slots.get(ledger)
+        answer = await slot.ask(SHARE, body) if isinstance(slot, FleetSlot) else None
+        return b"" if answer is None else answer
 
     def _offer_metrics(self) -> None:
         listen = self.config.metrics_listen
         if listen == "off":
             return
+        if self.worker is not None:
+            listen = _nth(listen, self.worker.index)
         try:
             self.metrics = Endpoint(listen, self.figures)
         except OSError as error:
@@ -196,7 +268,8 @@ class Server:
 
     def figures(self) -> Figures:
         """What the metrics show."""
-        return figures(self.router.slots.values(), traffic(self.coordinator, self.sessions, self.admin))
+        counted = traffic(self.coordinator, self.sessions, self.admin)
+        return figures(self.router.slots.values(), counted, self.membership.keeper)
 
     def _provider_of(self, account: str) -> str:
         setup = self.catalogue.accounts.get(account)
@@ -208,8 +281,8 @@ class Server:
                 ("grpc.max_receive_message_length", most),
                 ("grpc.max_send_message_length", -1),
                 ("grpc.max_concurrent_streams", MAX_STREAMS),
-                # Two servers on one port would each have a part of the callers.
-                ("grpc.so_reuseport", 0),
+                # Two servers on one port would each have a part of the callers, which is what workers want.
+                ("grpc.so_reuseport", 0 if self.worker is None else 1),
                 ("grpc.keepalive_time_ms", _KEEPALIVE_MS),
                 ("grpc.keepalive_timeout_ms", _KEEPALIVE_TIMEOUT_MS),
                 ("grpc.keepalive_permit_without_calls", 1),
@@ -235,7 +308,7 @@ class Server:
         if self._server is not None:
             await self._server.stop(None)
         with contextlib.suppress(AttributeError):
-            await self.router.stop(0)
+            await self.membership.stop(0)
         await self.store.close()
 
     # -- while it runs --------------------------------------------------------------------------------------------
@@ -264,13 +337,13 @@ class Server:
         # One turn later: several ledgers change together.
         await asyncio.sleep(0)
         slots = list(self.router.slots.values())
-        store = not slots or any(slot.ready for slot in slots)
+        store = not slots or any(slot.is_reachable for slot in slots)
         serving = store and not self.draining
         states = {
             "": serving,
             SERVICE: serving,
             administration.SERVICE: store,
-            STORE_HEALTH: all(slot.ready for slot in slots),
+            STORE_HEALTH: all(slot.is_reachable for slot in slots),
             CONFIG_HEALTH: True,
             DRAINING_HEALTH: not self.draining,
         }
@@ -291,8 +364,9 @@ class Server:
         self.draining = self.desk.draining = True
         await self._tell_health()
         self.sessions.drain(int(limit * 1e6))
+        await self.membership.leave(limit)
         await _until(lambda: not self._busy(), deadline)
-        await self.router.stop(max(0.5, deadline - time.monotonic()))
+        await self.membership.stop(max(0.5, deadline - time.monotonic()))
         await _until(
             lambda: not self.sessions.pending and not self.coordinator.running, time.monotonic() + _FLUSH_SECONDS
         )
@@ -308,13 +382,11 @@ class Server:
 
     def _busy(self) -> bool:
         now = time.monotonic()
-        if self.sessions.running or self.coordinator.running:
+        if self.sessions.running or self.coordinator.running or self.membership.visitors:
             self._seen = now
         if self.sessions.pending or self.coordinator.running:
             return True
-        if now - self._seen > _ALONE_SECONDS:
-            return False
-        return any(slot.state is not None and slot.state.open for slot in self.router.slots.values())
+        return now - self._seen <= _ALONE_SECONDS and self.membership.has_grants
 
 
 async def _until(done: Callable[[], bool], deadline: float) -> None:
@@ -322,7 +394,7 @@ async def _until(done: Callable[[], bool], deadline: float) -> None:
         await asyncio.sleep(_DRAIN_POLL_SECONDS)
 
 
-async def serve(config: Config, ready: Callable[[str], object] | None = None) -> None:
+async def serve(config: Config, ready: Callable[[str], object] | None = None, worker: Worker | None = None) -> None:
     """Run a server until SIGTERM or SIGINT. Raises :class:`StartError`. ``ready`` hears of the address."""
     stop = asyncio.Event()
     loop = asyncio.get_running_loop()
@@ -330,10 +402,20 @@ async def serve(config: Config, ready: Callable[[str], object] | None = None) ->
         with contextlib.suppress(NotImplementedError):
             loop.add_signal_handler(number, stop.set)
     try:
-        server = Server(config)
+        server = Server(config, worker=worker)
     except (StoreError, ConfigError) as error:
         raise StartError("; ".join(error.lines) if isinstance(error, ConfigError) else str(error)) from error
-    await server.start()
+    if worker is not None:
+        _follow_parent(loop, stop)
+    starting = asyncio.create_task(server.start())
+    told = asyncio.create_task(stop.wait())
+    await asyncio.wait((starting, told), return_when=asyncio.FIRST_COMPLETED)
+    told.cancel()
+    if not starting.done():
+        starting.cancel()
+        await asyncio.wait((starting,))
+        return
+    await starting
     _calm_collector()
     if ready is not None:
         ready(server.address)
@@ -342,11 +424,22 @@ async def serve(config: Config, ready: Callable[[str], object] | None = None) ->
     await server.stop()
 
 
-def run(config: Config) -> int:
+def _follow_parent(loop: asyncio.AbstractEventLoop, stop: asyncio.Event) -> None:
+    """Stop once the parent is gone: it holds the other end of standard input."""
+    held = sys.stdin.fileno()
+
+    def closed() -> None:
+        loop.remove_reader(held)
+        stop.set()
+
+    loop.add_reader(held, closed)
+
+
+def run(config: Config, worker: Worker | None = None) -> int:
     """Run a server; the exit code: 0 after a drain, 2 if it could not start."""
     try:
         with asyncio.Runner(loop_factory=_loop_factory()) as runner:
-            runner.run(serve(config, _announce))
+            runner.run(serve(config, _announce, worker))
     except StartError as error:
         line = " ".join(str(error).split())
         sys.stderr.write(f"error: {line}\n")
@@ -463,7 +556,19 @@ def _is_local(listen: str) -> bool:
         return False
 
 
-def _probe(listen: str) -> str:
+def _nth(address: str, index: int) -> str:
+    """The address of one of several processes: each has a port of its own, one after the other."""
+    host, _, port = address.rpartition(":")
+    return address if port in ("", "0") or not port.isdigit() else f"{host}:{int(port) + index}"
+
+
+def _peer_listen(address: str, worker: Worker | None) -> str:
+    if worker is None:
+        return address
+    return f"{address}.{worker.index}" if address.startswith("unix:") else _nth(address, worker.index)
+
+
+def probe(listen: str) -> str:
     """The address for gRPC, if it is free. gRPC itself would say why it is not on lines of its own.
 
     Raises :class:`StartError`.

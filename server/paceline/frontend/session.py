@@ -23,7 +23,6 @@ from paceline.frontend import wire
 from paceline.frontend.auth import Authenticator, Caller
 from paceline.frontend.desk import Desk, Ticket
 from paceline.frontend.errors import Code, Problem, exhausted, invalid, unavailable, undecodable, unexpected
-from paceline.frontend.fallback import Fallback
 from paceline.frontend.limits import (
     HELLO_TIMEOUT_US,
     MAX_BATCH_ITEMS,
@@ -35,6 +34,7 @@ from paceline.frontend.limits import (
     MAX_SESSIONS,
 )
 from paceline.frontend.requests import label
+from paceline.frontend.shares import Shares
 from paceline_client.stubs import v1 as pb
 
 PROTOCOL_VERSION = 1
@@ -81,10 +81,10 @@ class _Nowhere:
     def failed(self, ticket: Ticket, problem: Problem) -> None:
         pass
 
-    def demand(self, pool: str, charges: Sequence[tuple[Dimension, int]], count: int) -> None:
+    def demand(self, ledger: str, pool: str, charges: Sequence[tuple[Dimension, int]], count: int) -> None:
         pass
 
-    def share(self, ticket: Ticket, pool: str, touched: Touched) -> None:
+    def share(self, ticket: Ticket, ledger: str, pool: str, touched: Touched) -> None:
         pass
 
 
@@ -107,7 +107,7 @@ class Session:
     """
 
     def __init__(
-        self, desk: Desk, caller: Caller, caps: SessionCaps, fallback: Fallback, context: Context, tally: Tally
+        self, desk: Desk, caller: Caller, caps: SessionCaps, shares: Shares, context: Context, tally: Tally
     ) -> None:
         self.id = secrets.token_hex(8)
         self.shared: set[str] = set()
@@ -116,7 +116,7 @@ class Session:
         self._desk = desk
         self._caller = caller
         self._caps = caps
-        self._fallback = fallback
+        self._shares = shares
         self._context = context
         self._tally = tally
         self._sent_with: dict[str, str] = {}
@@ -157,15 +157,15 @@ class Session:
             self.busy -= 1
         self._put(ticket.number, kinds.ERROR, problem.status().SerializeToString())
 
-    def demand(self, pool: str, charges: Sequence[tuple[Dimension, int]], count: int) -> None:
-        self._fallback.note(self._caller.instance, pool, charges, count)
+    def demand(self, ledger: str, pool: str, charges: Sequence[tuple[Dimension, int]], count: int) -> None:
+        self._shares.note(self._caller.instance, ledger, pool, charges, count)
 
-    def share(self, ticket: Ticket, pool: str, touched: Touched) -> None:
-        if len(self.shared) >= MAX_SESSION_POOLS:
-            self.shared.clear()
-        self.shared.add(pool)
-        share = self._fallback.share(self._caller.instance, pool, touched)
+    def share(self, ticket: Ticket, ledger: str, pool: str, touched: Touched) -> None:
+        share = self._shares.share(self._caller.instance, ledger, pool, touched)
         if share is not None:
+            if len(self.shared) >= MAX_SESSION_POOLS:
+                self.shared.clear()
+            self.shared.add(pool)
             self._outbox.append(wire.block(_SHARES_FIELD, share.SerializeToString()))
             if len(self._sent_with) >= MAX_SESSION_POOLS:
                 self._sent_with.clear()
@@ -321,7 +321,7 @@ class Session:
             if self._sent_with:
                 pool = self._sent_with.pop(ticket.key, None)
                 if pool is not None:
-                    self._fallback.arrived(self._caller.instance, pool)
+                    self._shares.arrived(self._caller.instance, pool)
         except Problem as problem:
             self.failed(ticket, problem)
         except Exception as error:
@@ -343,7 +343,7 @@ class Sessions:
         self,
         desk: Desk,
         authenticator: Authenticator,
-        fallback: Fallback,
+        shares: Shares,
         *,
         server_version: str,
         header_names: frozenset[str],
@@ -351,7 +351,7 @@ class Sessions:
     ) -> None:
         self._desk = desk
         self._authenticator = authenticator
-        self._fallback = fallback
+        self._shares = shares
         self._version = server_version
         self._headers = sorted(header_names)
         self._caps = SessionCaps() if caps is None else caps
@@ -402,7 +402,7 @@ class Sessions:
             if self._desk.draining:
                 # Accepted and told to go, a client without another server would come back at once.
                 raise unavailable("this server is going away: use another one, or come back later")
-            session = Session(self._desk, caller, self._caps, self._fallback, context, self.tally)
+            session = Session(self._desk, caller, self._caps, self._shares, context, self.tally)
             self.opened += 1
             # From here on it hears of a drain, which it passes on after the welcome.
             self.running.add(session)

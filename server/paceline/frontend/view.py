@@ -29,6 +29,7 @@ _PHASES = {
     Phase.DRAINING: pb.LEDGER_STATE_UNAVAILABLE,
     Phase.STOPPED: pb.LEDGER_STATE_UNAVAILABLE,
     Phase.FAILED: pb.LEDGER_STATE_STOPPED,
+    Phase.DEPOSED: pb.LEDGER_STATE_UNAVAILABLE,
 }
 _ENDS = {
     EndKind.SETTLED: pb.RESERVATION_STATE_SETTLED,
@@ -89,6 +90,7 @@ def ledger(slot: Slot, provider: str) -> pb.Ledger:
         currency_code=CURRENCY,
         epoch=owner.epoch,
         sequence=owner.sequence,
+        form=owner.form or 0,
     )
     if owner.failure is not None:
         message.state_reason = owner.failure.message

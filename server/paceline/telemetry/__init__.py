@@ -9,10 +9,12 @@ from __future__ import annotations
 from paceline.telemetry.endpoint import Endpoint
 from paceline.telemetry.figures import (
     Figures,
+    FleetFigures,
     Histogram,
     JournalFigures,
     LedgerFigures,
     LimitFigures,
+    RouteFigures,
     Traffic,
 )
 from paceline.telemetry.logs import set_up_logging
@@ -20,10 +22,12 @@ from paceline.telemetry.logs import set_up_logging
 __all__ = [
     "Endpoint",
     "Figures",
+    "FleetFigures",
     "Histogram",
     "JournalFigures",
     "LedgerFigures",
     "LimitFigures",
+    "RouteFigures",
     "Traffic",
     "set_up_logging",
 ]

@@ -8,7 +8,16 @@ from enum import Enum, IntEnum
 from typing import TypeVar
 
 from paceline.engine.dimensions import UNLIMITED, Dimension
-from paceline.telemetry.figures import POOL_STATES, Figures, Histogram, LedgerFigures, LimitFigures
+from paceline.telemetry.figures import (
+    OWNER_CHANGES,
+    POOL_STATES,
+    ROLES,
+    Figures,
+    Histogram,
+    LedgerFigures,
+    LimitFigures,
+    RouteFigures,
+)
 
 NANO = 1_000_000_000
 
@@ -160,6 +169,28 @@ def _appends(figures: Figures) -> Iterator[HistogramRow]:
     for ledger in figures.ledgers:
         if ledger.journal.append_latency is not None:
             yield (ledger.name,), ledger.journal.append_latency
+
+
+def _of_route(pick: Callable[[RouteFigures], float | None]) -> Callable[[Figures], Iterator[Row]]:
+    def read(figures: Figures) -> Iterator[Row]:
+        for route in figures.routes:
+            found = pick(route)
+            if found is not None:
+                yield (route.name,), found
+
+    return read
+
+
+def _roles(figures: Figures) -> Iterator[Row]:
+    for route in figures.routes:
+        for role in ROLES:
+            yield (route.name, role), float(role == route.role)
+
+
+def _owner_changes(figures: Figures) -> Iterator[Row]:
+    if figures.fleet is not None:
+        for change in OWNER_CHANGES:
+            yield (change,), figures.fleet.changes.get(change, 0)
 
 
 # -- the table --------------------------------------------------------------------------------------------------------
@@ -440,6 +471,90 @@ METRICS: tuple[Metric | HistogramMetric, ...] = (
         _of_ledger(lambda ledger: ledger.journal.snapshot_bytes),
         Kind.GAUGE,
     ),
+    # owners and the ways to them
+    Metric(
+        "paceline.ledger.role",
+        "1",
+        "1 for the part that this process has: it owns the ledger, is ready to own it, or only passes operations on.",
+        ("ledger", "role"),
+        _roles,
+        Kind.GAUGE,
+    ),
+    Metric(
+        "paceline.ledger.epoch",
+        "{epoch}",
+        "Number of the ownership that this process knows of. It grows with every new owner.",
+        ("ledger",),
+        _of_route(lambda route: route.epoch),
+        Kind.GAUGE,
+    ),
+    Metric(
+        "paceline.lease.age",
+        "s",
+        "Since the store confirmed the lease. Above the lease, another process may own the ledger. Absent where there "
+        "is none.",
+        ("ledger",),
+        _of_route(lambda route: route.lease_age),
+        Kind.GAUGE,
+    ),
+    Metric(
+        "paceline.lease.renewals",
+        "{renewal}",
+        "Renewals of the lease without a record, by the owner of now. Each is a round trip to the store.",
+        ("ledger",),
+        _of_route(lambda route: None if route.lease_age is None else route.renewals),
+    ),
+    Metric(
+        "paceline.ledger.pending",
+        "{operation}",
+        "Operations that came to this process and have no answer yet, calls that wait included.",
+        ("ledger",),
+        _of_route(lambda route: route.pending),
+        Kind.GAUGE,
+    ),
+    Metric(
+        "paceline.ledger.resent",
+        "{operation}",
+        "Operations that this process sent again, since an owner or the way to it was lost.",
+        ("ledger",),
+        _of_route(lambda route: route.resent),
+    ),
+    Metric(
+        "paceline.ledger.shed",
+        "{operation}",
+        "Reservations that this process refused, because too many waited here for the owner.",
+        ("ledger",),
+        _of_route(lambda route: route.shed),
+    ),
+    Metric(
+        "paceline.ledger.poisoned",
+        "{operation}",
+        "Operations that this process gave up, since two owners ended while they were with them.",
+        ("ledger",),
+        _of_route(lambda route: route.poisoned),
+    ),
+    Metric(
+        "paceline.owner.changes",
+        "{change}",
+        "Changes of owner that this process took part in. `acquired` counts those that it `took_over` too.",
+        ("change",),
+        _owner_changes,
+    ),
+    Metric(
+        "paceline.store.lost",
+        "{record}",
+        "Acknowledged records that the store had lost to another owner, and that this process told that owner.",
+        (),
+        lambda figures: () if figures.fleet is None else (((), figures.fleet.lost_records),),
+    ),
+    Metric(
+        "paceline.nodes",
+        "{server}",
+        "Servers that share the store and live, as this one sees them.",
+        (),
+        lambda figures: () if figures.fleet is None else (((), figures.fleet.nodes),),
+        Kind.GAUGE,
+    ),
     # the front end
     Metric(
         "paceline.requests",
@@ -485,6 +600,8 @@ LABELS = {
     "ledger": "the account's ledger; at most 64",
     "priority": "interactive, standard, batch",
     "reason": "of a denial: that of `DenialReason`; of a rejection: busy, unavailable, fault",
+    "role": ", ".join(ROLES),
+    "change": ", ".join(OWNER_CHANGES),
     "cause": "budget, overload, spend, other",
     "dimension": "requests, input_tokens, output_tokens, tokens, concurrency, queued_requests, spend",
     "window": "minute, day, month, or none for a gauge",

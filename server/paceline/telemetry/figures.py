@@ -16,6 +16,10 @@ from paceline.engine.operations import Priority, Refusal
 PoolState = str
 """One of :data:`POOL_STATES`."""
 POOL_STATES: tuple[PoolState, ...] = ("open", "blocked", "closed", "paused")
+Role = str
+"""One of :data:`ROLES`."""
+ROLES: tuple[Role, ...] = ("owner", "standby", "front_end")
+OWNER_CHANGES = ("acquired", "took_over", "handed_over", "deposed", "reasserted")
 
 
 @dataclass(frozen=True, slots=True)
@@ -89,6 +93,34 @@ class LedgerFigures:
 
 
 @dataclass(frozen=True, slots=True)
+class RouteFigures:
+    """One ledger as this process sees it, whoever owns it."""
+
+    name: str
+    role: Role
+    epoch: int = 0
+    pending: int = 0
+    """Operations that came here and have no answer yet."""
+    resent: int = 0
+    shed: int = 0
+    poisoned: int = 0
+    lease_age: float | None = None
+    """Seconds since the store confirmed the lease; ``None``: not owned here, or without a lease."""
+    renewals: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class FleetFigures:
+    """What a process among others counted since its start."""
+
+    nodes: int = 0
+    """Processes that live, this one included."""
+    changes: Mapping[str, int] = field(default_factory=dict)
+    """By one of :data:`OWNER_CHANGES`."""
+    lost_records: int = 0
+
+
+@dataclass(frozen=True, slots=True)
 class Traffic:
     """What the front end counted."""
 
@@ -108,4 +140,8 @@ class Figures:
     """Everything, at one moment."""
 
     ledgers: Sequence[LedgerFigures] = ()
+    """Those that are owned here."""
     traffic: Traffic = field(default_factory=Traffic)
+    routes: Sequence[RouteFigures] = ()
+    fleet: FleetFigures | None = None
+    """``None``: no other process owns ledgers of this store."""

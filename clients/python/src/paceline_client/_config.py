@@ -23,6 +23,7 @@ class Endpoint:
     """What makes connections differ: processes have one session for each of these."""
 
     address: str
+    """Of one server, or of several, divided by commas."""
     tls: bool
     transport: Transport
     budget: float
@@ -31,6 +32,11 @@ class Endpoint:
     ca_file: str = ""
     cert_file: str = ""
     key_file: str = ""
+
+    @property
+    def addresses(self) -> tuple[str, ...]:
+        """One at least."""
+        return tuple(self.address.split(","))
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,13 +77,8 @@ def options(
     ca_file = ca_file or environ.get("PACELINE_CA_FILE", "")
     cert_file = cert_file or environ.get("PACELINE_CERT_FILE", "")
     key_file = key_file or environ.get("PACELINE_KEY_FILE", "")
-    tls = bool(ca_file or cert_file)
-    scheme, mark, rest = where.partition("://")
-    if mark and scheme in ("http", "https", "grpc", "grpcs"):
-        tls = tls or scheme in ("https", "grpcs")
-        where = rest.rstrip("/")
-    if not where:
-        raise ValueError("the address is empty")
+    where, secure = _addresses(where)
+    tls = bool(ca_file or cert_file or secure)
     if bool(cert_file) != bool(key_file):
         raise ValueError("a client certificate needs both cert_file and key_file")
     wanted = policy or environ.get("PACELINE_POLICY") or "local"
@@ -114,3 +115,21 @@ def options(
         priority=priority,
         route=route,
     )
+
+
+def _addresses(text: str) -> tuple[str, bool]:
+    """The addresses without their schemes, each once, and whether those ask for TLS."""
+    found: dict[str, bool] = {}
+    for each in text.split(","):
+        where = each.strip()
+        scheme, mark, rest = where.partition("://")
+        secure = False
+        if mark and scheme in ("http", "https", "grpc", "grpcs"):
+            secure = scheme in ("https", "grpcs")
+            where = rest.rstrip("/")
+        if not where:
+            raise ValueError("the address is empty" if "," not in text else "one of the addresses is empty")
+        found[where] = secure
+    if len(set(found.values())) > 1:
+        raise ValueError("all addresses must have TLS, or none")
+    return ",".join(found), any(found.values())

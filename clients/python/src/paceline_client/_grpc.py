@@ -32,6 +32,8 @@ MAX_MESSAGE_BYTES: Final = 16 * 1_024 * 1_024
 _OPTIONS: Final = (
     # Each channel has its own connection, so that a new session may find another server.
     ("grpc.use_local_subchannel_pool", 1),
+    # A name may have several addresses: each session tries them in another order.
+    ("grpc.service_config", '{"loadBalancingConfig":[{"pick_first":{"shuffleAddressList":true}}]}'),
     ("grpc.keepalive_time_ms", int(KEEPALIVE * 1e3)),
     ("grpc.keepalive_timeout_ms", int(KEEPALIVE_TIMEOUT * 1e3)),
     ("grpc.http2.max_pings_without_data", 0),
@@ -58,16 +60,16 @@ def is_fork_supported() -> bool:
     return bool(enabled()) if callable(enabled) else False
 
 
-def open_channel(endpoint: Endpoint) -> grpc.Channel:
-    """A channel with a connection of its own."""
+def open_channel(endpoint: Endpoint, address: str) -> grpc.Channel:
+    """A channel with a connection of its own, to one of the endpoint's addresses."""
     if not endpoint.tls:
-        return grpc.insecure_channel(endpoint.address, options=_OPTIONS)
+        return grpc.insecure_channel(address, options=_OPTIONS)
     credentials = grpc.ssl_channel_credentials(
         root_certificates=_read(endpoint.ca_file),
         private_key=_read(endpoint.key_file),
         certificate_chain=_read(endpoint.cert_file),
     )
-    return grpc.secure_channel(endpoint.address, credentials, options=_OPTIONS)
+    return grpc.secure_channel(address, credentials, options=_OPTIONS)
 
 
 def metadata(endpoint: Endpoint) -> tuple[tuple[str, str], ...]:

@@ -41,6 +41,8 @@ from paceline_client.stubs.google_types import status_pb2
 
 CONNECT_TIMEOUT: Final = 5.0
 """For a connection and its welcome. Unit: seconds."""
+CONNECT_ONE_OF_SEVERAL: Final = 1.0
+"""The same, where there are other addresses to try; more after each one that was tried in vain. Unit: seconds."""
 WAITED: Final = 0.85
 """The part of the budget that is waited for. The rest is for the way back to the caller."""
 LOOK: Final = 0.25
@@ -181,6 +183,10 @@ class Hub:
         self.local = LocalPolicy(self.endpoint.local_scale)
         """Not the parent's: the parts of all processes add up to the limit."""
         self._chance = random.Random()
+        self._place = self._chance.randrange(len(self.endpoint.addresses))
+        """Among the addresses: which one is tried next. The processes of a fleet begin at different ones."""
+        self._failed = 0
+        """Addresses that were tried in vain since one was reached."""
         self._backoff = FIRST_BACKOFF
         self._lock = threading.Lock()
         self._to_write = threading.Condition(self._lock)
@@ -195,6 +201,8 @@ class Hub:
         self._timer_thread: threading.Thread | None = None
         self._links: set[threading.Thread] = set()
         self._calls: dict[Stream, grpc.Call | grpc.Channel] = {}
+        self._leaving: set[Stream] = set()
+        """Without sessions: those whose server does not answer, while there are others to ask."""
         self._channels: set[grpc.Channel] = set()
         self._grpc_threads: set[threading.Thread] = set()
         self._ports: dict[asyncio.AbstractEventLoop, Port] = {}
@@ -471,6 +479,7 @@ class Hub:
                 if stream.draining:
                     return
                 with self._lock:
+                    self._move_on(stream)
                     delay = self._next_delay(stream, fatal)
                 if self._unary and not stream.unary:
                     delay = 0.0
@@ -478,8 +487,16 @@ class Hub:
             with self._lock:
                 self._links.discard(thread)
 
+    def _move_on(self, stream: Stream) -> None:
+        """The next session is another server's, if there are several."""
+        self._place = (self._place + 1) % len(self.endpoint.addresses)
+        self._failed = 0 if stream.welcomed is not None else self._failed + 1
+
     def _next_delay(self, stream: Stream, fatal: bool = False) -> float:
         """The delay before the next session, when this one has ended or is drained."""
+        if 0 < self._failed < len(self.endpoint.addresses) and not fatal:
+            # The others may be well: find out before anybody waits.
+            return 0.0
         lived = 0.0 if stream.welcomed is None else self.clock() - stream.welcomed
         if fatal:
             self._backoff = REFUSED_BACKOFF
@@ -509,7 +526,9 @@ class Hub:
         timer: Timer | None = None
         try:
             before = threads_of_grpc()
-            channel = open_channel(self.endpoint)
+            with self._lock:
+                address = self.endpoint.addresses[self._place]
+            channel = open_channel(self.endpoint, address)
             call = stubs.CoordinatorServiceStub(channel).Session(
                 self._outgoing(stream), metadata=metadata(self.endpoint)
             )
@@ -518,7 +537,10 @@ class Hub:
                 self._grpc_threads = {each for each in self._grpc_threads if each.is_alive()} | mine
                 self._channels.add(channel)
                 self._calls[stream] = call
-                timer = self.core.call_at(self.clock() + CONNECT_TIMEOUT, lambda _at: self._not_welcomed(stream))
+                patience = CONNECT_TIMEOUT
+                if len(self.endpoint.addresses) > 1:
+                    patience = min(CONNECT_ONE_OF_SEVERAL * (1 + self._failed), CONNECT_TIMEOUT)
+                timer = self.core.call_at(self.clock() + patience, lambda _at: self._not_welcomed(stream))
                 self._after_timer()
                 if self._stopped:
                     call.cancel()
@@ -593,6 +615,7 @@ class Hub:
                 self.core.drain(stream, now)
                 self._let_go(stream, now + wire.seconds(message.drain.grace) + 1.0, now)
                 if not self._stopped:
+                    self._move_on(stream)
                     self._link(self._next_delay(stream))
                 self._to_write.notify_all()
             ended = self._after()
@@ -640,7 +663,9 @@ class Hub:
 
     def _serve_unary(self, stream: Stream) -> bool:
         """Send each operation as a call of its own."""
-        channel = open_channel(self.endpoint)
+        with self._lock:
+            address = self.endpoint.addresses[self._place]
+        channel = open_channel(self.endpoint, address)
         stub = stubs.CoordinatorServiceStub(channel)
         methods = {
             "reserve": stub.Reserve,
@@ -658,7 +683,7 @@ class Hub:
             while True:
                 with self._lock:
                     while True:
-                        if stream.closed or self._stopped:
+                        if stream.closed or self._stopped or stream in self._leaving:
                             return False
                         message = self.core.take(stream, self.clock())
                         if message is not None:
@@ -681,6 +706,7 @@ class Hub:
         finally:
             with self._lock:
                 self._calls.pop(stream, None)
+                self._leaving.discard(stream)
                 if not self._suspended:
                     self.core.broken(stream, self.clock())
             channel.close()
@@ -706,6 +732,9 @@ class Hub:
                 now = self.clock()
                 if away:
                     self.core.went_down(now)
+                    if len(self.endpoint.addresses) > 1:
+                        self._leaving.add(stream)
+                        self._to_write.notify_all()
                 else:
                     self.core.reached(stream, now)
                 self.core.answers(stream, stubs.ResponseBatch(items=[item]), now)

@@ -239,6 +239,8 @@ class Ledger(_message.Message):
     LEDGER_TIME_FIELD_NUMBER: _builtins.int
     OPEN_RESERVATIONS_FIELD_NUMBER: _builtins.int
     WAITING_RESERVATIONS_FIELD_NUMBER: _builtins.int
+    FORM_FIELD_NUMBER: _builtins.int
+    NEWEST_FORM_FIELD_NUMBER: _builtins.int
     name: _builtins.str
     """Name, for example "anthropic/main"."""
     provider: _builtins.str
@@ -263,6 +265,10 @@ class Ledger(_message.Message):
     """Reservations that are open. Unit: reservations."""
     waiting_reservations: _builtins.int
     """Reservations that wait. Unit: reservations."""
+    form: _builtins.int
+    """Form of its journal: what its owners may write. Zero: not known."""
+    newest_form: _builtins.int
+    """The newest form that its owner could write. Above `form`: an upgrade is not finalized."""
     @_builtins.property
     def ledger_time(self) -> _timestamp_pb2.Timestamp:
         """The ledger's time. Absent: not known."""
@@ -283,10 +289,12 @@ class Ledger(_message.Message):
         ledger_time: _timestamp_pb2.Timestamp | None = ...,
         open_reservations: _builtins.int = ...,
         waiting_reservations: _builtins.int = ...,
+        form: _builtins.int = ...,
+        newest_form: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["ledger_time", b"ledger_time"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["account", b"account", "currency_code", b"currency_code", "epoch", b"epoch", "ledger_time", b"ledger_time", "mode", b"mode", "name", b"name", "open_reservations", b"open_reservations", "owner", b"owner", "provider", b"provider", "sequence", b"sequence", "state", b"state", "state_reason", b"state_reason", "waiting_reservations", b"waiting_reservations"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["account", b"account", "currency_code", b"currency_code", "epoch", b"epoch", "form", b"form", "ledger_time", b"ledger_time", "mode", b"mode", "name", b"name", "newest_form", b"newest_form", "open_reservations", b"open_reservations", "owner", b"owner", "provider", b"provider", "sequence", b"sequence", "state", b"state", "state_reason", b"state_reason", "waiting_reservations", b"waiting_reservations"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -1941,7 +1949,9 @@ class WatchRequest(_message.Message):
     reservations: _builtins.bool
     """Also reservations; there can be many."""
     resume_token: _builtins.str
-    """The `resume_token` of the last message received. Empty: begin with a snapshot."""
+    """The `resume_token` of the last message received, at the server that sent it: another one answers OUT_OF_RANGE. It
+    outlives changes of a ledger's owner. Empty: begin with a snapshot.
+    """
     @_builtins.property
     def ledgers(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
         """Only these ledgers. Empty: all."""
@@ -2336,3 +2346,101 @@ class WaitCell(_message.Message):
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___WaitCell: _TypeAlias = WaitCell  # noqa: Y015
+
+@_typing.final
+class FinalizeUpgradeRequest(_message.Message):
+    """Names what to finalize."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    LEDGER_FIELD_NUMBER: _builtins.int
+    FORM_FIELD_NUMBER: _builtins.int
+    ledger: _builtins.str
+    """Name of the ledger. Required."""
+    form: _builtins.int
+    """The form that may be written from now on. Zero: the newest that its owner can write."""
+    def __init__(
+        self,
+        *,
+        ledger: _builtins.str = ...,
+        form: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["form", b"form", "ledger", b"ledger"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___FinalizeUpgradeRequest: _TypeAlias = FinalizeUpgradeRequest  # noqa: Y015
+
+@_typing.final
+class FinalizeUpgradeResponse(_message.Message):
+    """Shows the ledger."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    LEDGER_FIELD_NUMBER: _builtins.int
+    @_builtins.property
+    def ledger(self) -> Global___Ledger:
+        """As it is now."""
+
+    def __init__(
+        self,
+        *,
+        ledger: Global___Ledger | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["ledger", b"ledger"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["ledger", b"ledger"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___FinalizeUpgradeResponse: _TypeAlias = FinalizeUpgradeResponse  # noqa: Y015
+
+@_typing.final
+class HandOverLedgerRequest(_message.Message):
+    """Names what to hand over."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    LEDGER_FIELD_NUMBER: _builtins.int
+    NODE_FIELD_NUMBER: _builtins.int
+    ledger: _builtins.str
+    """Name of the ledger. Required."""
+    node: _builtins.str
+    """Name of the server that shall own it. Empty: the one that is next in line."""
+    def __init__(
+        self,
+        *,
+        ledger: _builtins.str = ...,
+        node: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["ledger", b"ledger", "node", b"node"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___HandOverLedgerRequest: _TypeAlias = HandOverLedgerRequest  # noqa: Y015
+
+@_typing.final
+class HandOverLedgerResponse(_message.Message):
+    """Says where the ledger goes."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    NODE_FIELD_NUMBER: _builtins.int
+    node: _builtins.str
+    """Name of the server that may take it now."""
+    def __init__(
+        self,
+        *,
+        node: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["node", b"node"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___HandOverLedgerResponse: _TypeAlias = HandOverLedgerResponse  # noqa: Y015

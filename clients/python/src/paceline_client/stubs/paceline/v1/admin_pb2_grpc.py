@@ -141,6 +141,16 @@ class AdminServiceStub:
                 request_serializer=paceline_dot_v1_dot_admin__pb2.GetReportRequest.SerializeToString,
                 response_deserializer=paceline_dot_v1_dot_admin__pb2.GetReportResponse.FromString,
                 _registered_method=True)
+        self.FinalizeUpgrade = channel.unary_unary(
+                '/paceline.v1.AdminService/FinalizeUpgrade',
+                request_serializer=paceline_dot_v1_dot_admin__pb2.FinalizeUpgradeRequest.SerializeToString,
+                response_deserializer=paceline_dot_v1_dot_admin__pb2.FinalizeUpgradeResponse.FromString,
+                _registered_method=True)
+        self.HandOverLedger = channel.unary_unary(
+                '/paceline.v1.AdminService/HandOverLedger',
+                request_serializer=paceline_dot_v1_dot_admin__pb2.HandOverLedgerRequest.SerializeToString,
+                response_deserializer=paceline_dot_v1_dot_admin__pb2.HandOverLedgerResponse.FromString,
+                _registered_method=True)
 
 
 class AdminServiceServicer:
@@ -300,6 +310,23 @@ class AdminServiceServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def FinalizeUpgrade(self, request, context):
+        """Lets the owners of a ledger write a newer form of its journal, after an upgrade of all servers. There is no way back:
+        servers of the version before can own the ledger no more.
+        Errors: those of the service, NOT_FOUND, FAILED_PRECONDITION (its owner, or another server, does not write this form).
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def HandOverLedger(self, request, context):
+        """Has the owner of a ledger hand it over to another server, without a failed call.
+        Errors: those of the service, NOT_FOUND, FAILED_PRECONDITION (there is no such server, or no other one).
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
 
 def add_AdminServiceServicer_to_server(servicer, server):
     rpc_method_handlers = {
@@ -397,6 +424,16 @@ def add_AdminServiceServicer_to_server(servicer, server):
                     servicer.GetReport,
                     request_deserializer=paceline_dot_v1_dot_admin__pb2.GetReportRequest.FromString,
                     response_serializer=paceline_dot_v1_dot_admin__pb2.GetReportResponse.SerializeToString,
+            ),
+            'FinalizeUpgrade': grpc.unary_unary_rpc_method_handler(
+                    servicer.FinalizeUpgrade,
+                    request_deserializer=paceline_dot_v1_dot_admin__pb2.FinalizeUpgradeRequest.FromString,
+                    response_serializer=paceline_dot_v1_dot_admin__pb2.FinalizeUpgradeResponse.SerializeToString,
+            ),
+            'HandOverLedger': grpc.unary_unary_rpc_method_handler(
+                    servicer.HandOverLedger,
+                    request_deserializer=paceline_dot_v1_dot_admin__pb2.HandOverLedgerRequest.FromString,
+                    response_serializer=paceline_dot_v1_dot_admin__pb2.HandOverLedgerResponse.SerializeToString,
             ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
@@ -924,6 +961,60 @@ class AdminService:
             '/paceline.v1.AdminService/GetReport',
             paceline_dot_v1_dot_admin__pb2.GetReportRequest.SerializeToString,
             paceline_dot_v1_dot_admin__pb2.GetReportResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def FinalizeUpgrade(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/paceline.v1.AdminService/FinalizeUpgrade',
+            paceline_dot_v1_dot_admin__pb2.FinalizeUpgradeRequest.SerializeToString,
+            paceline_dot_v1_dot_admin__pb2.FinalizeUpgradeResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def HandOverLedger(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/paceline.v1.AdminService/HandOverLedger',
+            paceline_dot_v1_dot_admin__pb2.HandOverLedgerRequest.SerializeToString,
+            paceline_dot_v1_dot_admin__pb2.HandOverLedgerResponse.FromString,
             options,
             channel_credentials,
             insecure,

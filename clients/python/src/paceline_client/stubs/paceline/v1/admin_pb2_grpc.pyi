@@ -100,6 +100,15 @@ class AdminServiceStub:
     pages, in the order of ledger, pool, tenant and mode. The counts begin at zero when a ledger is loaded; they are not
     part of its books. Errors: those of the service, NOT_FOUND.
     """
+    FinalizeUpgrade: _grpc.UnaryUnaryMultiCallable[_admin_pb2.FinalizeUpgradeRequest, _admin_pb2.FinalizeUpgradeResponse]
+    """Lets the owners of a ledger write a newer form of its journal, after an upgrade of all servers. There is no way back:
+    servers of the version before can own the ledger no more.
+    Errors: those of the service, NOT_FOUND, FAILED_PRECONDITION (its owner, or another server, does not write this form).
+    """
+    HandOverLedger: _grpc.UnaryUnaryMultiCallable[_admin_pb2.HandOverLedgerRequest, _admin_pb2.HandOverLedgerResponse]
+    """Has the owner of a ledger hand it over to another server, without a failed call.
+    Errors: those of the service, NOT_FOUND, FAILED_PRECONDITION (there is no such server, or no other one).
+    """
 
 @_typing.type_check_only
 class AdminServiceAsyncStub(AdminServiceStub):
@@ -172,6 +181,15 @@ class AdminServiceAsyncStub(AdminServiceStub):
     """Says what was decided, or in observe mode would have been, beside what the upstream then did with the calls. A list with
     pages, in the order of ledger, pool, tenant and mode. The counts begin at zero when a ledger is loaded; they are not
     part of its books. Errors: those of the service, NOT_FOUND.
+    """
+    FinalizeUpgrade: _aio.UnaryUnaryMultiCallable[_admin_pb2.FinalizeUpgradeRequest, _admin_pb2.FinalizeUpgradeResponse]  # type: ignore[assignment]
+    """Lets the owners of a ledger write a newer form of its journal, after an upgrade of all servers. There is no way back:
+    servers of the version before can own the ledger no more.
+    Errors: those of the service, NOT_FOUND, FAILED_PRECONDITION (its owner, or another server, does not write this form).
+    """
+    HandOverLedger: _aio.UnaryUnaryMultiCallable[_admin_pb2.HandOverLedgerRequest, _admin_pb2.HandOverLedgerResponse]  # type: ignore[assignment]
+    """Has the owner of a ledger hand it over to another server, without a failed call.
+    Errors: those of the service, NOT_FOUND, FAILED_PRECONDITION (there is no such server, or no other one).
     """
 
 class AdminServiceServicer(metaclass=_abc_1.ABCMeta):
@@ -356,6 +374,27 @@ class AdminServiceServicer(metaclass=_abc_1.ABCMeta):
         """Says what was decided, or in observe mode would have been, beside what the upstream then did with the calls. A list with
         pages, in the order of ledger, pool, tenant and mode. The counts begin at zero when a ledger is loaded; they are not
         part of its books. Errors: those of the service, NOT_FOUND.
+        """
+
+    @_abc_1.abstractmethod
+    def FinalizeUpgrade(
+        self,
+        request: _admin_pb2.FinalizeUpgradeRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_admin_pb2.FinalizeUpgradeResponse, _abc.Awaitable[_admin_pb2.FinalizeUpgradeResponse]]:
+        """Lets the owners of a ledger write a newer form of its journal, after an upgrade of all servers. There is no way back:
+        servers of the version before can own the ledger no more.
+        Errors: those of the service, NOT_FOUND, FAILED_PRECONDITION (its owner, or another server, does not write this form).
+        """
+
+    @_abc_1.abstractmethod
+    def HandOverLedger(
+        self,
+        request: _admin_pb2.HandOverLedgerRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_admin_pb2.HandOverLedgerResponse, _abc.Awaitable[_admin_pb2.HandOverLedgerResponse]]:
+        """Has the owner of a ledger hand it over to another server, without a failed call.
+        Errors: those of the service, NOT_FOUND, FAILED_PRECONDITION (there is no such server, or no other one).
         """
 
 def add_AdminServiceServicer_to_server(servicer: AdminServiceServicer, server: _typing.Union[_grpc.Server, _aio.Server]) -> None: ...
