@@ -31,7 +31,7 @@ endef
 
 .PHONY: help
 help: ## list the targets
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  %-10s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  %-18s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
 
 # --- environment -----------------------------------------------------------------------------------------------
 
@@ -84,6 +84,36 @@ prove-fuzz: env ## 50,000 broken messages to a server; nothing may break (some m
 
 prove-outage: env ## the server is killed under a saturating fleet, and comes back (two minutes)
 	@$(WITH_TOOLS) python -m bench.outage $(PROOF_ARGS)
+
+# Fleets of three servers over one Redis.
+.PHONY: prove-replicas prove-failover prove-quiet prove-paused prove-trouble prove-recovery prove-outage-fleet
+prove-replicas: env ## 1,000 callers on one pool through 3 servers: never over-granted (some minutes)
+	@$(call need,redis-server,the proof of replicas); $(WITH_TOOLS) python -m bench.replicas.sharing $(PROOF_ARGS)
+
+prove-failover: env ## the owner is killed 20 times at half of the most load, and stopped (some minutes)
+	@$(call need,redis-server,the proof of failovers); $(WITH_TOOLS) python -m bench.replicas.failover $(PROOF_ARGS)
+
+prove-quiet: env ## half of the most load without trouble: nobody changes the owner (30 minutes)
+	@$(call need,redis-server,the proof of quiet); $(WITH_TOOLS) python -m bench.replicas.quiet $(PROOF_ARGS)
+
+prove-paused: env ## the owner stands still for 10 s, 20 times, and grants nothing after (6 minutes)
+	@$(call need,redis-server,the proof of pauses); $(WITH_TOOLS) python -m bench.replicas.paused $(PROOF_ARGS)
+
+prove-trouble: env ## one trouble after the other, drawn at random, under load (10 minutes)
+	@$(call need,redis-server go,the proof of troubles); $(WITH_TOOLS) python -m bench.replicas.trouble $(PROOF_ARGS)
+
+prove-recovery: env ## 100,000 open reservations are taken over, warm and cold (some minutes)
+	@$(call need,redis-server,the proof of recovery); $(WITH_TOOLS) python -m bench.replicas.recovery $(PROOF_ARGS)
+
+prove-outage-fleet: env ## 3 servers and Redis are killed under a saturating fleet, and come back (3 minutes)
+	@$(call need,redis-server,the proof of outages); $(WITH_TOOLS) python -m bench.replicas.outage $(PROOF_ARGS)
+
+# How many fresh seeds, such as "make simulate SEEDS=20000"; PROOF_ARGS="--seed 7" repeats one, "--broken" shows what is caught.
+SEEDS ?= 200
+
+.PHONY: simulate
+simulate: env ## fleets on a virtual clock, with faults of every kind; nothing may break (SEEDS=n)
+	@$(BIN)/python -m tests.simulation --seeds $(SEEDS) $(PROOF_ARGS)
 
 .PHONY: lint
 lint: env ## ruff, mypy --strict, buf lint
@@ -154,3 +184,7 @@ demo: env ## one fleet on one limit: SDK retries, patient retries, Paceline
 bench: env ## throughput of the Session, and added latency through the Python client (on an idle machine)
 	@$(WITH_TOOLS) python -m bench.session
 	@$(WITH_TOOLS) python -m bench.latency
+
+.PHONY: bench-replicas
+bench-replicas: env ## round trips to Redis, throughput and waits with 1, 2 and 3 servers (on an idle machine)
+	@$(call need,redis-server,the benchmark of replicas); $(WITH_TOOLS) python -m bench.replicas.trips $(PROOF_ARGS)

@@ -9,9 +9,10 @@ from __future__ import annotations
 
 import argparse
 import sys
+from functools import partial
 
 from bench.outage import LIFE_SECONDS
-from bench.outage.run import Result, measure
+from bench.outage.run import OneServer, Result, measure
 from paceline_client._config import DEFAULT_BUDGET
 
 LEAST_USED, MOST_USED = 0.6, 1.0
@@ -74,11 +75,16 @@ def main() -> None:
     )
     asked = parser.parse_args()
     module = "bench.outage.short_lived" if asked.expired else ""
-    result = measure(asked.healthy, asked.outage, asked.after, module=module)
+    result = measure(asked.healthy, asked.outage, asked.after, site=partial(OneServer, module=module))
+    # Once the shares have expired, there is little to use.
+    conclude(result, least_used=0.6 * LIFE_SECONDS / asked.outage if asked.expired else LEAST_USED)
+
+
+def conclude(result: Result, least_used: float = LEAST_USED) -> None:
+    """Print it all, and leave with the verdict."""
     for line in lines(result):
         print(line)
-    # Once the shares have expired, there is little to use.
-    wrong = verdict(result, least_used=0.6 * LIFE_SECONDS / asked.outage if asked.expired else LEAST_USED)
+    wrong = verdict(result, least_used)
     for line in wrong:
         print(f"wrong: {line}")
     print("FAILED" if wrong else "PASSED")

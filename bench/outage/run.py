@@ -1,4 +1,5 @@
-"""One run: a simulated upstream, a server, a fleet; the server is killed, and comes back over the same journal."""
+"""One run: a simulated upstream, a server or several, a fleet; who decides is killed, and comes back over the same
+journal."""
 
 from __future__ import annotations
 
@@ -15,7 +16,7 @@ import urllib.request
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 from bench.outage.books import charged
 from bench.outage.fleet import Part, Report, run
@@ -145,16 +146,58 @@ class Upstream:
             self._process.stdout.close()
 
 
+class Site(Protocol):
+    """Who decides: a server, or several with all that they need."""
+
+    @property
+    def addresses(self) -> Sequence[str]:
+        """Where callers connect."""
+        ...
+
+    def start(self) -> None:
+        """Returns when it serves."""
+        ...
+
+    def kill(self) -> None:
+        """All of it, at once."""
+        ...
+
+    def finish(self) -> tuple[dict[str, int], int]:
+        """Stop it. What all calls were charged, by dimension, and how many are open still."""
+        ...
+
+    def close(self) -> None:
+        """Leave nothing behind."""
+        ...
+
+
+class OneServer:
+    """A server over a file. ``module`` is run in the place of ``paceline``."""
+
+    def __init__(self, folder: Path, module: str = "") -> None:
+        self._server = ServerProcess(folder, CONFIG, module=module)
+        self.addresses = [self._server.address]
+        self.start = self._server.start
+        self.kill = self._server.kill
+        self.close = self._server.close
+
+    def finish(self) -> tuple[dict[str, int], int]:
+        self._server.stop()
+        return asyncio.run(charged(self._server.store, "default"))
+
+
 @contextlib.contextmanager
-def world(folder: Path, module: str) -> Iterator[tuple[Upstream, ServerProcess]]:
-    """A simulator and a server, both running. ``module`` is run in the place of ``paceline``."""
+def world(folder: Path, make: Callable[[Path], Site]) -> Iterator[tuple[Upstream, Site]]:
+    """A simulator and who decides, both running."""
     upstream = Upstream(folder)
-    server = ServerProcess(folder, CONFIG, module=module)
     try:
-        server.start()
-        yield upstream, server
+        site = make(folder)
+        try:
+            site.start()
+            yield upstream, site
+        finally:
+            site.close()
     finally:
-        server.close()
         upstream.close()
 
 
@@ -164,17 +207,20 @@ def measure(
     after: float,
     *,
     fleet: Sequence[Part] = FLEET,
-    module: str = "",
+    site: Callable[[Path], Site] = OneServer,
     say: Callable[[str], None] = print,
 ) -> Result:
     """Run it. Times in seconds."""
     context = multiprocessing.get_context("spawn")
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        with world(folder, module) as (upstream, server):
+        with world(folder, site) as (upstream, server):
             stop, queue = context.Event(), context.Queue()
             processes = [
-                context.Process(target=run, args=(part, upstream.url, server.address, stop, queue)) for part in fleet
+                context.Process(
+                    target=run, args=(part, upstream.url, server.addresses[number % len(server.addresses)], stop, queue)
+                )
+                for number, part in enumerate(fleet)
             ]
             try:
                 for process in processes:
@@ -186,7 +232,7 @@ def measure(
                 marks.append(upstream.mark("death"))
                 died = time.monotonic()
                 server.kill()
-                say(f"the server is dead; outage for {outage:.0f} s")
+                say(f"nobody decides; outage for {outage:.0f} s")
                 time.sleep(max(0.0, died + outage - time.monotonic()))
                 server.start()
                 back = upstream.mark("back")
@@ -202,8 +248,7 @@ def measure(
                 stop.set()
                 _end(processes)
             truth = upstream.get("/sim/truth")["groups"]["claude"]
-            server.stop()
-            books, left_open = asyncio.run(charged(server.store, "default"))
+            books, left_open = server.finish()
             names = ("healthy", "outage", "after")
             phases = [
                 upstream.phase(each, start, end) for each, start, end in zip(names, marks, marks[1:], strict=False)

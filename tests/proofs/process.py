@@ -31,15 +31,17 @@ def free_port() -> int:
 
 
 class ServerProcess:
-    """``paceline serve`` over one store file. ``module`` is run in its place, with the same arguments."""
+    """``paceline serve`` over one store: a file, unless ``url`` says otherwise. ``module`` is run in its place, with the
+    same arguments; ``name`` tells the files of several servers in one folder apart."""
 
-    def __init__(self, folder: Path, config: str, *, module: str = "") -> None:
+    def __init__(self, folder: Path, config: str, *, module: str = "", url: str = "", name: str = "") -> None:
         self.store = folder / "ledgers.db"
-        self.log = folder / "server.log"
+        self.url = url or f"embedded:{self.store}"
+        self.log = folder / f"{name or 'server'}.log"
         self.port = free_port()
         self.address = f"127.0.0.1:{self.port}"
         self.starts = 0
-        self._config = folder / "paceline.yaml"
+        self._config = folder / f"{name or 'paceline'}.yaml"
         self._config.write_text(config)
         self._command = [sys.executable, "-m", module] if module else [str(Path(sys.executable).with_name("paceline"))]
         self._process: subprocess.Popen[bytes] | None = None
@@ -66,7 +68,7 @@ class ServerProcess:
                 "--config",
                 str(self._config),
                 "--store",
-                f"embedded:{self.store}",
+                self.url,
                 "--listen",
                 self.address,
                 "--metrics-listen",

@@ -105,7 +105,7 @@ class Tenure:
                 seq=mine.seq,
                 hash=mine.hash,
                 at=mine.at,
-                written_at=found.written_at,
+                written_at=mine.written_at or found.written_at,
                 base_seq=mine.base_seq,
                 base_hash=mine.base_hash,
                 confirmed_at=0,
@@ -150,10 +150,12 @@ def _beginning(stamped: Stamped, head: Head) -> Beginning:
     before = stamped.before
     if before is None or before.seq == 0:
         return Beginning(max(stamped.now, head.at), None, False)
-    elapsed = max(0, stamped.now - before.written_at)
+    # Books that were put back whole may never have had a record written to this store: then the clock stands until then.
+    written_at = before.written_at or before.confirmed_at
+    elapsed = max(0, stamped.now - written_at)
     # A claim that was sent again is answered without the head before it: then the worst is taken to be true.
     again = before.nonce == head.nonce
-    alive = 0 if again else max(0, before.confirmed_at - before.written_at)
+    alive = 0 if again else max(0, before.confirmed_at - written_at)
     seen_until = before.at + min(alive, elapsed)
     return Beginning(
         before.at + elapsed, seen_until, again or before.lineage != head.lineage, not again and not before.successor

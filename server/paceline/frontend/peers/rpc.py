@@ -47,6 +47,9 @@ _OPTIONS = (
     ("grpc.http2.min_ping_interval_without_data_ms", 500),
     ("grpc.http2.min_recv_ping_interval_without_data_ms", 300),
     ("grpc.http2.max_ping_strikes", 0),
+    # A ping that probes the bandwidth would hold the others up, for a minute, on a line that has fallen silent.
+    ("grpc.http2.ping_timeout_ms", _KEEPALIVE_MS),
+    ("grpc.http2.bdp_probe", 0),
     ("grpc.so_reuseport", 0),
 )
 _CLIENT_OPTIONS = (
