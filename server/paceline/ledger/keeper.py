@@ -303,22 +303,26 @@ class Keeper:
                 error = too_new(entry.ledger, head, self._terms.form)
                 _log.critical("ledger cannot be owned here", ledger=entry.ledger, error=str(error))
             return options.far_look_us
+        me = self.info.node
         order = heirs(
             entry.ledger,
             self._nodes,
             "" if head is None else head.node,
             0 if head is None else head.form,
         )
-        me = self.info.node
         rank = order.index(me) if me in order else len(order)
         chosen = head is not None and head.successor == me
-        if head is not None and (rank == 0 or chosen):
+        # Whoever is warm stays so until one that comes before it is.
+        before = any(self._is_warm(entry, node) for node in order[:rank])
+        if head is not None and (rank == 0 or chosen or (entry.fold is not None and not before)):
             await self._follow(entry, head)
         elif head is not None and entry.fold is not None:
             entry.fold, entry.warm = None, False
         if head is None:
             # Whoever has followed the ledger can put it back.
             rank = 0 if entry.fold is not None else rank + 1
+        elif me in order:
+            rank = sorted(order, key=lambda node: not self._is_warm(entry, node)).index(me)
         dead_since = None
         if head is not None and entry.dead is not None and entry.dead[0] == head.epoch:
             dead_since = now - max(0, self._clock.monotonic() - entry.dead[1])
@@ -337,18 +341,22 @@ class Keeper:
             return 0 if entry.owner is not None else options.close_look_us
         if self._clock.monotonic() < entry.urgent_until:
             return options.urgent_look_us
-        near = options.close_look_us if rank == 0 or head is None or dead_since is not None else options.far_look_us
+        close = rank == 0 or entry.fold is not None or head is None or dead_since is not None
+        near = options.close_look_us if close else options.far_look_us
         if head is not None and head.until > now:
             # Whoever takes it then should be found at once.
             near = min(near, head.until - now + options.urgent_look_us)
         return min(near, max(options.urgent_look_us, at - now))
+
+    def _is_warm(self, entry: _Entry, node: str) -> bool:
+        return entry.warm if node == self.info.node else entry.ledger in self._nodes[node].warm
 
     def _vacant_at(self, entry: _Entry, now: int) -> int:
         """When a ledger of which the store has nothing is nobody's (the store's time, µs)."""
         if not entry.leased_until or (entry.dead is not None and entry.dead[0] == entry.where.epoch):
             return 0 if entry.empty_since is None else entry.empty_since
         # The clock of another store may be another one: counted from now on.
-        return now + max(0, entry.leased_until + self._terms.lag_us - self._clock.monotonic())
+        return now + entry.leased_until + self._terms.lag_us - self._clock.monotonic()
 
     async def _look_after(self, entry: _Entry, owner: Owner) -> int:
         """Look after an owner that is here."""
@@ -476,7 +484,7 @@ class Keeper:
             return ""
         if not node:
             order = heirs(ledger, self._nodes, self.info.node, owner.form or 0)
-            node = order[0] if order else ""
+            node = next((each for each in order if self._is_warm(entry, each)), order[0] if order else "")
         there = self._nodes.get(node)
         if there is None or not there.ready or there.form < (owner.form or 0):
             return ""
@@ -494,7 +502,10 @@ class Keeper:
     async def _leave(self, entry: _Entry, deadline: int) -> None:
         """Hand one ledger over before this process ends; to the newest one, if it is warm in time."""
         owner = entry.owner
-        patient_until = min(deadline, self._clock.monotonic() + self._options.warm_us)
+        now = self._clock.monotonic()
+        patient_until = min(deadline, now + self._options.warm_us)
+        # Somebody cold would have callers wait while it reads; until it is late, this one serves on.
+        last = max(patient_until, deadline - int(self._options.hand_over_s * 1e6))
         while owner is not None and owner.phase is Phase.SERVING:
             order = heirs(entry.ledger, self._nodes, self.info.node, owner.form or 0)
             warm = [node for node in order if entry.ledger in self._nodes[node].warm]
@@ -504,7 +515,7 @@ class Keeper:
             if warm and (late or warm[0] == order[0]):
                 await self.hand_over(entry.ledger, warm[0])
                 return
-            if late:
+            if self._clock.monotonic() >= last:
                 await self.hand_over(entry.ledger, order[0])
                 return
             await self._clock.sleep_until(self._clock.monotonic() + self._options.close_look_us)

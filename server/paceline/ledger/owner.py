@@ -426,15 +426,20 @@ class Owner:
                 await self._written()
                 await self._halt(self._beating)
                 await self._halt(self._dumping)
-                # The successor need not allow for a time in which this owner may not have been there.
-                await self._shared.confirm()
-                await self._shared.release(successor)
+                if not self._is_deposed():
+                    # The successor finds everything, also if the store has just failed over, and need not allow for a
+                    # time in which this owner may not have been there.
+                    await self._write_shared(self._shared, None)
+                    await self._shared.release(successor)
+        except StoreDeposed as error:
+            self._deposed(error)
         except TimeoutError:
             self._log.warning("the lease was not given up in time", unanswered=len(self._replies))
         finally:
-            self._drop()
-            self._answer_all(moved)
-            self._enter(Phase.STOPPED)
+            if not self._is_deposed():
+                self._drop()
+                self._answer_all(moved)
+                self._enter(Phase.STOPPED)
 
     async def finalize(self, form: int) -> None:
         """Write ``form`` from now on; versions that do not read it cannot own the ledger any more.
@@ -783,6 +788,9 @@ class Owner:
             self._enter(Phase.DRAINING)
         self._due = True
         self._schedule()
+
+    def _is_deposed(self) -> bool:
+        return self.phase is Phase.DEPOSED
 
     def _deposed(self, error: StoreDeposed) -> None:
         """Another owner goes on: what it cannot know is kept for it, everything else is thrown away."""

@@ -210,6 +210,7 @@ class SharedJournal:
             seq=last.seq,
             hash=last.hash,
             at=last.at,
+            written_at=head.written_at + (last.at - head.at) if head.written_at else head.confirmed_at,
             confirmed_at=0,
             until=tenure.lease_us,
             base_seq=last.seq,
