@@ -364,6 +364,7 @@ class SharedJournal:
                 seq=mark.seq,
                 hash=mark.hash,
                 at=mark.at,
+                written_at=mine.written_at + (mark.at - mine.at) if mine.written_at else 0,
                 confirmed_at=0,
                 until=tenure.lease_us,
                 lineage=await self._commands.lineage(),
