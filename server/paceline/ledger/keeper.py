@@ -228,6 +228,8 @@ class Keeper:
         self.info = msgspec.structs.replace(self.info, ready=False)
         with contextlib.suppress(StoreError):
             await self._announce()
+        # A take-over that is under way ends first, one way or the other.
+        await self._halt([entry.task for entry in self._entries.values() if entry.owner is None])
         owned = [entry for entry in self._entries.values() if entry.owner is not None]
         await asyncio.gather(*(self._leave(entry, deadline) for entry in owned))
         await self._halt([self._announcing, *(entry.task for entry in self._entries.values())])
@@ -353,10 +355,14 @@ class Keeper:
 
     def _vacant_at(self, entry: _Entry, now: int) -> int:
         """When a ledger of which the store has nothing is nobody's (the store's time, µs)."""
-        if not entry.leased_until or (entry.dead is not None and entry.dead[0] == entry.where.epoch):
-            return 0 if entry.empty_since is None else entry.empty_since
-        # The clock of another store may be another one: counted from now on.
-        return now + entry.leased_until + self._terms.lag_us - self._clock.monotonic()
+        empty_since = 0 if entry.empty_since is None else entry.empty_since
+        if not entry.highest or (entry.dead is not None and entry.dead[0] == entry.where.epoch):
+            return empty_since
+        # An owner that lives puts its books back with its next renewal; this process may have been held up itself.
+        patience = self._terms.lease_us + self._terms.lag_us
+        # The clock of another store may be another one: what was seen before is counted from now on.
+        leased = now + entry.leased_until + self._terms.lag_us - self._clock.monotonic()
+        return max(empty_since + patience, leased)
 
     async def _look_after(self, entry: _Entry, owner: Owner) -> int:
         """Look after an owner that is here."""
@@ -400,6 +406,7 @@ class Keeper:
         try:
             await owner.start(fold, Bid(depose, entry.highest, self._first_form(entry)))
         except StoreHeld as held:
+            entry.fold = fold
             self._seen(entry, held.head)
             return
         except (LedgerError, StoreVersion) as error:
@@ -407,6 +414,13 @@ class Keeper:
             _log.critical("ledger cannot be owned here", ledger=entry.ledger, error=str(error))
             with contextlib.suppress(StoreError):
                 await journal.release()
+            return
+        except StoreError:
+            # It may hold what the store has lost.
+            entry.fold = fold
+            raise
+        if self._closed:
+            await owner.stop(0.5)
             return
         entry.owner, entry.journal = owner, journal
         entry.dead = None
@@ -462,7 +476,8 @@ class Keeper:
                 entry.not_before = self._clock.monotonic() + self._options.retry_us
             return
         # Elsewhere: the store has dropped what was to be read. Ahead: it has lost what was read, which can be put back.
-        ahead = fold.seq > head.seq and fold.tail.after(head.seq, head.hash) is not None
+        # A store that has nothing takes it whole.
+        ahead = fold.seq > head.seq and (not head.seq or fold.tail.after(head.seq, head.hash) is not None)
         entry.warm = ahead or (fold.seq, fold.hash) == (head.seq, head.hash)
         entry.fold = fold if entry.warm else None
 

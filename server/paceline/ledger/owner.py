@@ -29,7 +29,7 @@ import structlog
 from paceline.engine.absence import Absence
 from paceline.engine.adoption import testimony
 from paceline.engine.answers import Answer
-from paceline.engine.operations import Operation
+from paceline.engine.operations import Operation, Reserve
 from paceline.engine.state import State
 from paceline.ledger.clock import Clock, LedgerTime, SystemClock, Timer
 from paceline.ledger.fold import Fold, Unfoldable, begun, decode_payload, encode_payload, formed, paced
@@ -41,6 +41,7 @@ from paceline.ledger.journal import (
     Mark,
     Record,
     StoreError,
+    StoreFenced,
     StoreFull,
     StoreUnavailable,
 )
@@ -110,7 +111,7 @@ class OwnerOptions(msgspec.Struct, frozen=True):
     record_operations: int = 2_048
     """Operations decided ahead, into the record behind the one in flight. At most one batch more."""
     inbox_operations: int = 16_384
-    """Operations waiting to be decided; more are told :class:`LedgerBusy`."""
+    """Operations waiting to be decided; more are told :class:`LedgerBusy`, Reserves at three quarters of it."""
     append_timeout_us: int = 3_000_000
     """An append that takes longer counts as failed."""
     backoff_first_us: int = 50_000
@@ -264,6 +265,8 @@ class Owner:
         self._settled: list[asyncio.Future[None]] = []
         """Wait for nothing to be queued or in flight."""
 
+        self._bid: Bid | None = None
+        """What this owner knows of its own ledger, when it has to read it again."""
         self._stalled = False
         """The shared store is away, and everybody was told."""
         self._stalled_at = 0
@@ -334,7 +337,7 @@ class Owner:
         inbox = self._inbox
         if self._refusal is not None:
             reply(self._refusal)
-        elif len(inbox) >= self._inbox_most:
+        elif len(inbox) >= (self._inbox_most * 3 // 4 if isinstance(operation, Reserve) else self._inbox_most):
             self.statistics.busy += 1
             reply(LedgerBusy(f"ledger {self.ledger!r} has too many operations queued", 100_000))
         else:
@@ -383,6 +386,16 @@ class Owner:
             self._log.warning("ledger did not drain in time", unanswered=len(self._replies))
         self._enter(Phase.DRAINING)
         await self._halt(self._recovery)
+        if healthy and self._shared is not None and not self._is_deposed():
+            # What the store may have lost a moment ago is put back.
+            try:
+                async with asyncio.timeout(max(0.1, (deadline - self._clock.monotonic()) / 1e6)):
+                    await self._write_shared(self._shared, None)
+            except StoreDeposed as error:
+                self._deposed(error)
+                return
+            except TimeoutError:
+                self._log.warning("the store could not be asked at the end")
         self._answer_all(draining)
         if self._timer is not None:
             self._timer.cancel()
@@ -436,6 +449,9 @@ class Owner:
         except TimeoutError:
             self._log.warning("the lease was not given up in time", unanswered=len(self._replies))
         finally:
+            for task in (self._beating, self._recovery):
+                if task is not None:
+                    task.cancel()
             if not self._is_deposed():
                 self._drop()
                 self._answer_all(moved)
@@ -594,7 +610,13 @@ class Owner:
                     batch = self._queued or batch
             self._queued, self._flying = None, batch
             record = self._seal(batch) if batch.payloads else None
-            dump = None if record is None else self._dump_due(batch, len(record.payload))
+            dump = None
+            if record is not None:
+                try:
+                    dump = self._dump_due(batch, len(record.payload))
+                except Exception as error:
+                    statistics.last_error = f"dump failed: {_place(error)}"
+                    self._log.error("dump failed", error=_place(error))
             self._flying_since = self._clock.monotonic()
             self._watch()
             try:
@@ -627,6 +649,11 @@ class Owner:
                 self._dumping = asyncio.create_task(self._dump(dump))
             if self._inbox or self._due:
                 self._schedule()
+
+    def _appended(self, task: asyncio.Task[None]) -> None:
+        """Without it nothing is answered any more."""
+        if task is self._appender and not task.cancelled() and (error := task.exception()) is not None:
+            self._broken(StoreUnavailable(f"the journal failed: {_place(error)}"))
 
     def _seal(self, batch: _Batch) -> Record:
         """The record of a batch, which is the journal's end from now on."""
@@ -697,30 +724,36 @@ class Owner:
         Raises :class:`~paceline.ledger.shared.StoreDeposed`.
         """
         backoff = self._options.backoff_first_us
+        left = [] if record is None else [record]
         while True:
             try:
-                if record is None:
+                if not left:
                     await journal.confirm()
-                else:
-                    await journal.append(record)
+                while left:
+                    await journal.append(left[0])
+                    del left[0]
                 return
             except StoreLost as error:
                 self._warn(error)
                 with contextlib.suppress(StoreUnavailable, StoreFull, StoreLost):
-                    await self._refound(journal)
+                    await self._refound(journal, left)
                     return
-            except (StoreUnavailable, StoreFull) as error:
+            except StoreFenced:
+                raise
+            except StoreError as error:
                 self._warn(error)
+            except Exception as error:
+                self._warn(StoreUnavailable(f"the journal failed: {_place(error)}"))
             await self._clock.sleep_until(self._clock.monotonic() + backoff)
             backoff = min(2 * backoff, _SHARED_BACKOFF_MOST_US)
 
-    async def _refound(self, journal: SharedJournal) -> None:
-        """Give an empty store the books as they are, with everything that is decided."""
+    async def _refound(self, journal: SharedJournal, left: list[Record]) -> None:
+        """Give an empty store the books as they are, with everything that is decided, which ``left`` has if it fails."""
         queued = self._queued
         if queued is not None:
             self._queued = None
             if queued.payloads:
-                self._seal(queued)
+                left.append(self._seal(queued))
             if self._flying is not None:
                 self._flying.answers += queued.answers
         await journal.refound(self._mark(), paced(begun(self._books.dump(self._written_form)), self._clock, None))
@@ -759,6 +792,8 @@ class Owner:
                         self._more.set_result(None)
             except StoreError as error:
                 self._warn(error)
+            except Exception as error:
+                self._warn(StoreUnavailable(f"the lease could not be renewed: {_place(error)}"))
 
     def _warn(self, error: StoreError) -> None:
         self.statistics.append_failures += 1
@@ -837,7 +872,7 @@ class Owner:
     def _unavailable(self, error: StoreError) -> None:
         self.statistics.last_error = str(error)
         self._log.error("journal failed", error=str(error), kind=type(error).__name__)
-        stopping = self._refusal if isinstance(self._refusal, LedgerDraining) else None
+        stopping = self._refusal if isinstance(self._refusal, LedgerDraining | LedgerMoved) else None
         retry_after = max(self._backoff_us, self._options.backoff_first_us)
         refusal = LedgerUnavailable(f"the journal of ledger {self.ledger!r} is away", retry_after)
         self._refusal = stopping or refusal
@@ -970,6 +1005,8 @@ class Owner:
         self._refusal = error
         self._inbox = []
         self._drop()
+        if self._beating is not None:
+            self._beating.cancel()
         self._answer_all(error)
         self._enter(Phase.FAILED)
 
@@ -980,6 +1017,7 @@ class Owner:
                 task.cancel()
         self._appender = self._dumping = None
         self._queued = self._flying = None
+        self._stalled = False
         self._more = None
         self._settle()
         if self._timer is not None:
@@ -1019,6 +1057,7 @@ class Owner:
         self.statistics.load_us = self._clock.monotonic() - started
         self.statistics.replayed_events = fold.events
         self._appender = asyncio.create_task(self._append_all())
+        self._appender.add_done_callback(self._appended)
         if self.phase is Phase.STARTING:
             self._refusal = None
 
@@ -1027,8 +1066,8 @@ class Owner:
             loaded = await self._journal.load()  # type: ignore[union-attr]
         else:
             if self._shared.tenure is not None:
-                own = self._shared.tenure.head
-                bid = Bid(own.epoch, own.epoch, own.form)
+                self._bid = Bid(self._shared.tenure.head.epoch, self._shared.tenure.head.epoch, self.form or 0)
+            bid = bid if self._bid is None else self._bid
             known = None if fold is None else Known(fold.seq, fold.hash, fold.tail)
             loaded = await self._shared.take(bid, known)
         if fold is None or not loaded.resumed:

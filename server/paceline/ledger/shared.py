@@ -24,7 +24,7 @@ from paceline.ledger.journal import (
     StoreVersion,
     genesis,
 )
-from paceline.ledger.lease import Claim, Fenced, Head, Held, TooNew
+from paceline.ledger.lease import Claim, Fenced, Head, Held, TooNew, same
 from paceline.ledger.tail import Tail
 from paceline.ledger.tenure import Deposed, Reassert, Refound, Tenure, Written
 
@@ -138,6 +138,8 @@ class SharedJournal:
         self._found: Head | None = None
         """The head that a snapshot has to replace."""
         self._snapshots = 0
+        self._whole: Head | None = None
+        """Sent to put the books back whole, and not known to be written."""
 
     # -- taking over ----------------------------------------------------------------------------------------------
 
@@ -287,6 +289,10 @@ class SharedJournal:
                 head = tenure.head
             self._flying = record
             for _ in range(_MOST_VERDICTS):
+                if record.seq <= tenure.head.seq:
+                    # In the books that were put back whole.
+                    self._flying = None
+                    return
                 sent_at = self._clock.monotonic()
                 try:
                     stamped = await self._commands.append(self.ledger, head.epoch, head.nonce, record, tenure.lease_us)
@@ -322,6 +328,10 @@ class SharedJournal:
 
     async def _reconcile(self, tenure: Tenure, found: Head | None) -> None:
         """The store's journal ends elsewhere: mend that, so that what was refused can be tried again, or raise."""
+        if found is not None and self._whole is not None and same(found, self._whole):
+            self._whole = None
+            tenure.refounded(Stamped(found, 0), tenure.confirmed_at)
+            return
         verdict = tenure.refused(found, self._flying)
         if isinstance(verdict, Written):
             tenure.confirmed(Stamped(found, 0), tenure.confirmed_at, self._flying)
@@ -357,7 +367,8 @@ class SharedJournal:
         """Put the books back whole, as they were at ``mark``, after :class:`StoreLost`. Raises as :meth:`append`."""
         async with self._lock:
             tenure = self._in_office()
-            name, count, digest = await self._put(mark, chunks)
+            await self._hold(tenure)
+            name, count, digest = await self._put(mark, chunks, held=tenure)
             mine = tenure.head
             new = msgspec.structs.replace(
                 mine,
@@ -377,16 +388,38 @@ class SharedJournal:
                 check=b"",
                 successor="",
             )
+            self._whole = new
             sent_at = self._clock.monotonic()
-            try:
-                stamped = await self._commands.reassert(self.ledger, self._found, new, ())
-            except Fenced as fenced:
-                await self._reconcile(tenure, fenced.head)
-                raise StoreLost(f"ledger {self.ledger!r}: the store changed while the books were put back") from fenced
-            self._flying = None
+            stamped = await self._replace(tenure, new)
+            self._flying = self._whole = None
             tenure.refounded(stamped, sent_at)
             self.statistics.refounded += 1
             _log.error("the store had lost the ledger; its books were put back whole", ledger=self.ledger)
+
+    async def _hold(self, tenure: Tenure) -> None:
+        """Keep the place while the books are on their way: whoever finds it empty, or its lease ended, begins anew."""
+        mine, found, origin = tenure.head, self._found, genesis(self.ledger)
+        if found is None:
+            found = Head(mine.epoch, b"", "", "", 0, origin, 0, 0, 0, 0, 0, origin, "", mine.form)
+        new = msgspec.structs.replace(
+            found,
+            epoch=mine.epoch,
+            nonce=mine.nonce,
+            node=mine.node,
+            address=mine.address,
+            confirmed_at=0,
+            until=tenure.lease_us,
+            lineage=await self._commands.lineage(),
+            successor="",
+        )
+        self._found = (await self._replace(tenure, new)).head
+
+    async def _replace(self, tenure: Tenure, new: Head) -> Stamped:
+        try:
+            return await self._commands.reassert(self.ledger, self._found, new, ())
+        except Fenced as fenced:
+            await self._reconcile(tenure, fenced.head)
+            raise StoreLost(f"ledger {self.ledger!r}: the store changed while the books were put back") from fenced
 
     # -- snapshots ------------------------------------------------------------------------------------------------
 
@@ -403,13 +436,19 @@ class SharedJournal:
             raise StoreFenced(f"ledger {self.ledger!r}: the snapshot is of an owner before") from fenced
         self._noted(stamped)
 
-    async def _put(self, mark: Mark, chunks: AsyncIterable[bytes]) -> tuple[str, int, bytes]:
+    async def _put(
+        self, mark: Mark, chunks: AsyncIterable[bytes], held: Tenure | None = None
+    ) -> tuple[str, int, bytes]:
         self._snapshots += 1
         tenure = self._in_office()
         name = f"{tenure.head.epoch}-{mark.seq}-{tenure.head.nonce[:4].hex()}-{self._snapshots}"
         digest = hashlib.sha256()
         count = 0
+        held_at = self._clock.monotonic()
         async for chunk in chunks:
+            if held is not None and self._clock.monotonic() - held_at >= held.lease_us // 4:
+                held_at = self._clock.monotonic()
+                await self._hold(held)
             digest.update(chunk)
             await self._commands.put_chunk(self.ledger, name, count, chunk)
             count += 1

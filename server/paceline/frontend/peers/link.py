@@ -162,8 +162,8 @@ class Link:
             self._least = max(self._least, target.epoch)
         if at_home:
             return
-        # Whoever it was has not said that the ledger goes.
-        self._leave(Lost.BROKEN)
+        # Another owner is no sign that this one has died of anything: only a broken line is.
+        self._leave(Lost.MOVED)
         self._rouse()
         if target is not None and self._task is None:
             self._task = asyncio.get_running_loop().create_task(self._run())
@@ -444,7 +444,8 @@ class Link:
             if wire is not None:
                 again = self._clock.monotonic() + (self._options.away_pause_us << min(self._away, 4))
                 self._away += 1
-                self._clock.call_at(again, lambda: self._greet(wire) if self._wire is wire else None)
+                # Somebody else may have said hello meanwhile: another one would make the owner forget what it has.
+                self._clock.call_at(again, lambda: self._greet(wire) if self._wire is wire and not self.ready else None)
         else:
             self._more()
 
