@@ -131,11 +131,13 @@ async def test_in_flight_at_two_deaths_is_poison(world: World) -> None:
     bad = world.call(Commit("bad", OUTCOME))
     await until(lambda: owner.held)
     world.network.kill("one")
+    await until(lambda: not world.front.slot.ready)
     second = world.own(world.two, 2)
     second.hold = True
     await until(lambda: second.held)
     assert not bad.answer
     world.network.kill("two")
+    await until(lambda: not world.front.slot.ready)
     third = Node(world.network, "three")
     owner = third.own(3)
     good = world.call(Commit("good", OUTCOME))
@@ -144,6 +146,21 @@ async def test_in_flight_at_two_deaths_is_poison(world: World) -> None:
     assert isinstance(bad.answer, LedgerFault)
     assert isinstance(good.answer, Committed)
     assert owner.keys == ["good"]
+
+
+async def test_another_owner_is_no_death(world: World) -> None:
+    owner = world.own(world.one, 1)
+    owner.hold = True
+    call = world.call(Commit("good", OUTCOME))
+    await until(lambda: owner.held)
+    second = world.own(world.two, 2)
+    second.hold = True
+    await until(lambda: second.held)
+    third = Node(world.network, "three")
+    third.own(3)
+    world.front.keeper.tell(3, "three")
+    await until(lambda: call.answer)
+    assert isinstance(call.answer, Committed)
 
 
 async def test_who_waits_in_the_queue_is_no_poison(world: World) -> None:

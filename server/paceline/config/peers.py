@@ -22,13 +22,16 @@ def node_name(config: Config) -> str:
     return f"{host}-{secrets.token_hex(3)}"
 
 
-def peer_address(config: Config, port: int) -> str:
-    """What the others are told, once this process listens for them on ``port``."""
+def peer_address(config: Config, port: int, listen: str = "", worker: int = 0) -> str:
+    """What the others are told, once this process listens for them on ``port``, or on the socket ``listen``.
+
+    Of several workers on one machine, ``worker`` is the number: each has a port, or a socket, of its own.
+    """
     if config.peer_advertise:
         host, given = _parts(config.peer_advertise)
-        return _joined(host, given or port)
+        return _joined(host, given + worker if given else port)
     if config.peer_listen.startswith("unix:"):
-        return config.peer_listen
+        return listen or config.peer_listen
     host, _ = _parts(config.peer_listen)
     return _joined(socket.gethostname() if host in WILDCARDS else host, port)
 

@@ -276,7 +276,13 @@ class FleetSlot(Slot):
                 return None if handler is None else handler(self.account, seated, body)
             told: asyncio.Future[bytes | None] = asyncio.get_running_loop().create_future()
             seated.ask(name, body, lambda answer, told=told: None if told.done() else told.set_result(answer))  # type: ignore[misc]
-            answer = await told
+            timer = self._clock.call_at(until, lambda told=told: None if told.done() else told.set_result(None))  # type: ignore[misc]
+            try:
+                answer = await told
+            finally:
+                timer.cancel()
+            if answer is None and self._clock.monotonic() >= until:
+                raise LedgerUnavailable(f"the owner of ledger {self.account!r} does not answer")
             if answer is not None or (seat == self._seat and self._seated is seated):
                 return answer
 

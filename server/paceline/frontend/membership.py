@@ -193,6 +193,9 @@ def _asks(tools: Tools, router: Callable[[], Router], place: Callable[[], Place]
 class Alone:
     """Every ledger is here."""
 
+    is_again = False
+    """This process takes the place of one that has ended, whose clients may be others'."""
+
     def __init__(self, tools: Tools, store: Store, node: str = "") -> None:
         self.node = node
         self.transport: PeerTransport | None = None
@@ -219,7 +222,11 @@ class Alone:
 
     def _begun(self, slot: Slot) -> None:
         owner = slot.owner
-        self._tools.fallback.begin(slot.account, owner.epoch, blind_us(owner.inherited_at, owner.now(), 0))
+        wait = blind_us(owner.inherited_at, owner.now(), 0)
+        if owner.inherited_at is None and self.is_again:
+            # The store keeps nothing; the clients still have what was handed out before.
+            wait = FALLBACK_EXPIRY_US + FALLBACK_GRACE_US
+        self._tools.fallback.begin(slot.account, owner.epoch, wait)
         self._changed(slot)
 
     def _changed(self, slot: Slot) -> None:
@@ -253,6 +260,7 @@ class Host(Alone):
 
     def __init__(self, tools: Tools, store: Store, worker: Worker, signing_key: bytes) -> None:
         super().__init__(tools, store, f"worker-{worker.index}")
+        self.is_again = worker.generation > 0
         self._worker = worker
         passes = Passes(worker.key, self.node, SystemClock().wall)
         self.transport = PeerTransport(passes)
@@ -421,6 +429,7 @@ class Member:
         node: str,
         peer_key: bytes,
         listen: str,
+        worker: int = 0,
         options: Mapping[str, Any] | None = None,
     ) -> None:
         """``options``: more arguments of the keeper."""
@@ -432,6 +441,7 @@ class Member:
         self._commands = commands
         self._listen = listen
         self._options = dict(options or {})
+        self._worker = worker
         self._clock = SystemClock()
         passes = Passes(peer_key, node, self._clock.wall)
         transport = PeerTransport(passes)
@@ -488,7 +498,7 @@ class Member:
         tools = self._tools
         listen = await self._service.start(self._listen)
         port = 0 if listen.startswith("unix:") else int(listen.rpartition(":")[2])
-        self.address = peer_address(tools.config, port)
+        self.address = peer_address(tools.config, port, listen, self._worker)
         self.methods[SURRENDER] = self._surrender
         form = tools.machine.form
         now = self._clock.wall()

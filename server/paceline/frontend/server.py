@@ -241,7 +241,8 @@ class Server:
             commands: Commands = store.commands  # type: ignore[attr-defined]
             signing_key = await commands.put_meta(META_KEY, new_key())
             listen = _peer_listen(self.config.peer_listen, worker)
-            member = Member(tools, commands, self.node, await fleet_key(commands), listen)
+            number = 0 if worker is None else worker.index
+            member = Member(tools, commands, self.node, await fleet_key(commands), listen, number)
             return member, signing_key, []
         key = await store.get_meta(META_KEY)
         if key is None:
@@ -384,7 +385,8 @@ class Server:
         now = time.monotonic()
         if self.sessions.running or self.coordinator.running or self.membership.visitors:
             self._seen = now
-        if self.sessions.pending or self.coordinator.running:
+        # Guests cannot go on without their host: they end first.
+        if self.sessions.pending or self.coordinator.running or self.membership.visitors:
             return True
         return now - self._seen <= _ALONE_SECONDS and self.membership.has_grants
 

@@ -748,7 +748,7 @@ class Owner:
             backoff = min(2 * backoff, _SHARED_BACKOFF_MOST_US)
 
     async def _refound(self, journal: SharedJournal, left: list[Record]) -> None:
-        """Give an empty store the books as they are, with everything that is decided, which ``left`` has if it fails."""
+        """Give an empty store the books as they are, with all that is decided, which ``left`` has if it fails."""
         queued = self._queued
         if queued is not None:
             self._queued = None

@@ -150,7 +150,7 @@ def _beginning(stamped: Stamped, head: Head) -> Beginning:
     before = stamped.before
     if before is None or before.seq == 0:
         return Beginning(max(stamped.now, head.at), None, False)
-    # Books that were put back whole may never have had a record written to this store: then the clock stands until then.
+    # Of books that were put back whole, no record may have been written to this store.
     written_at = before.written_at or before.confirmed_at
     elapsed = max(0, stamped.now - written_at)
     # A claim that was sent again is answered without the head before it: then the worst is taken to be true.

@@ -172,6 +172,9 @@ class _GrpcWire:
                     break
                 await self._inbox.put(frame)
             how = WireClosed(await self._end())
+        except grpc.aio.AioRpcError as error:
+            if error.code() is Code.UNAUTHENTICATED:
+                _log.error("another server refuses this one: are both clocks right, and both of one store?")
         except (grpc.aio.BaseError, asyncio.InvalidStateError):
             pass
         except Exception as error:
@@ -192,7 +195,7 @@ class _GrpcWire:
                     return
                 self._more.clear()
                 await self._more.wait()
-        except (grpc.aio.BaseError, asyncio.InvalidStateError):
+        except (grpc.RpcError, grpc.aio.BaseError, asyncio.InvalidStateError):
             # The reader hears of it, and says how it ended.
             self._outbox.clear()
 
@@ -402,6 +405,7 @@ class PeerService:
     async def _check(self, context: Any) -> None:
         metadata = dict(context.invocation_metadata() or ())
         if not self._passes.accepts(metadata):
+            _log.warning("a peer was refused: not of this store, or a clock is two minutes off", peer=context.peer())
             await context.abort(Code.UNAUTHENTICATED, "not a process of this fleet, or its clock is wrong")
 
 
