@@ -319,6 +319,7 @@ class Checks:
             known = self.writers.setdefault((primary.lineage, ledger, after.epoch), after.nonce)
             if known != after.nonce:
                 self.violate(f"{primary.lineage}: two owners have written in epoch {after.epoch}")
+            self._goes_on(primary, ledger, after)
             return
         if before is None or after.nonce != before.nonce:
             if before is not None and after.hash != before.hash and after.epoch <= before.epoch:
@@ -331,6 +332,7 @@ class Checks:
                 is_new = before is not None and before.seq > 0 and before.lineage != after.lineage and not is_known
                 reign = Reign(self.world.loop.now, after.nonce, node.name, node.process_name, is_new)
                 self.reigns.setdefault(ledger, []).append(reign)
+        self._goes_on(primary, ledger, after)
         if after.successor:
             self.released.add(after.nonce)
         if before is not None:
@@ -339,6 +341,13 @@ class Checks:
             if after.hash != before.hash:
                 self.counts["put back"] += 1
                 self.world.replaced[ledger] = self.world.loop.now
+
+    def _goes_on(self, primary: Primary, ledger: str, head: Head) -> None:
+        """An owner whose successor's acquisition the store has lost is the owner again."""
+        reigns = self.reigns.get(ledger)
+        if reigns and primary is self.world.store.primary and reigns[-1].nonce != head.nonce:
+            node = next(node for node in self.world.nodes if node.name == head.node)
+            reigns.append(Reign(self.world.loop.now, head.nonce, node.name, node.process_name, False))
 
     def _check_superseded(self, primary: Primary, ledger: str, head: Head) -> None:
         """A primary that is none any more has accepted a record: nobody may own the ledger elsewhere, if this owner was

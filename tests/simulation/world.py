@@ -79,6 +79,8 @@ class Node:
         self.front: FrontEnd | None = None
         self.newer = 0
         self.stopping = False
+        self.telling = 0
+        """Of what a deposed owner has to tell, what has not been heard yet."""
 
     @property
     def process_name(self) -> str:
@@ -94,6 +96,7 @@ class Node:
         self.starts += 1
         self.newer = newer
         self.stopping = False
+        self.telling = 0
         process = self.process = Process(f"{self.name}/{self.starts}")
         rng = world.rng_clock
         self.clock = NodeClock(
@@ -163,6 +166,7 @@ class Node:
         self.world.note("testimony", self.name, len(told))
         if self.router is not None:
             until = self.clock.monotonic() + TESTIFY_US
+            self.telling += len(told)
             for operation in told:
                 self._testify(ledger, operation, until)
 
@@ -170,6 +174,7 @@ class Node:
         """Tell the next owner, as soon as there is one."""
         router, now = self.router, self.clock.monotonic()
         if router is None or now > until:
+            self.telling -= 1
             return
 
         def heard(answer: Any) -> None:
@@ -178,6 +183,8 @@ class Node:
                 self.clock.call_at(
                     self.clock.monotonic() + TESTIFY_PAUSE_US, lambda: self._testify(ledger, operation, until)
                 )
+            else:
+                self.telling -= 1
 
         router.slot(ledger).submit(operation, heard)
 
@@ -234,6 +241,10 @@ class Node:
 
         async def drain() -> None:
             await keeper.stop(5.0)
+            # As a server does: what is being told is told before it goes.
+            until = self.clock.monotonic() + 20_000_000
+            while self.telling and self.clock.monotonic() < until:
+                await self.clock.sleep_until(self.clock.monotonic() + 100_000)
             await router.stop(1.0)
             self.world.loop.at(self.world.loop.now, ended, context=NOBODY)
 

@@ -50,6 +50,15 @@ def testimony(state: State, events: Iterable[ev.Event]) -> list[Adopt]:
     return told
 
 
+def whole_testimony(state: State) -> list[Adopt]:
+    """All that ``state`` remembers, for a ledger that has begun anew without any of it."""
+    ended = [
+        _ended(state, key, one, state.at if one.granted_at is None else one.granted_at)
+        for key, one in state.ended.items()
+    ]
+    return [*ended, *(_open(state, one, one.granted_at) for one in state.open.values())]
+
+
 _OF_KEYS = (
     ev.Granted
     | ev.GrantedTogether

@@ -27,7 +27,7 @@ import msgspec
 import structlog
 
 from paceline.engine.absence import Absence
-from paceline.engine.adoption import testimony
+from paceline.engine.adoption import testimony, whole_testimony
 from paceline.engine.answers import Answer
 from paceline.engine.operations import Operation, Reserve
 from paceline.engine.state import State
@@ -831,9 +831,9 @@ class Owner:
         """Another owner goes on: what it cannot know is kept for it, everything else is thrown away."""
         self._log.warning("deposed", error=str(error), lost=len(error.lost), epoch=self.epoch)
         self.statistics.last_error = str(error)
-        if error.lost and not self._tainted:
+        if (error.lost or error.all_lost) and not self._tainted:
             try:
-                self.testimony = self._testify(error.lost)
+                self.testimony = self._testify(error.lost, error.all_lost)
             except Exception as failure:
                 self._log.error("what the store lost could not be read", error=_place(failure))
         moved = LedgerMoved(f"ledger {self.ledger!r} is owned by another process")
@@ -845,7 +845,9 @@ class Owner:
         self._answer_all(moved)
         self._enter(Phase.DEPOSED)
 
-    def _testify(self, lost: Sequence[Record]) -> list[Operation]:
+    def _testify(self, lost: Sequence[Record], all_lost: bool = False) -> list[Operation]:
+        if all_lost and isinstance(self._books, State):
+            return list(whole_testimony(self._books))
         events = [
             event
             for record in lost

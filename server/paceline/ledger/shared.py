@@ -49,12 +49,13 @@ class StoreHeld(StoreError):
 
 
 class StoreDeposed(StoreFenced):
-    """Another owner goes on. ``lost`` are acknowledged records that its journal may lack."""
+    """Another owner goes on. ``lost`` are acknowledged records that its journal may lack; ``all_lost``: or all."""
 
-    def __init__(self, message: str, head: Head, lost: tuple[Record, ...]) -> None:
+    def __init__(self, message: str, head: Head, lost: tuple[Record, ...], all_lost: bool = False) -> None:
         super().__init__(message)
         self.head = head
         self.lost = lost
+        self.all_lost = all_lost
 
 
 class StoreLost(StoreError):
@@ -343,7 +344,10 @@ class SharedJournal:
         elif isinstance(verdict, Deposed):
             head = verdict.head
             raise StoreDeposed(
-                f"ledger {self.ledger!r} has gone on with {head.node} in epoch {head.epoch}", head, verdict.lost
+                f"ledger {self.ledger!r} has gone on with {head.node} in epoch {head.epoch}",
+                head,
+                verdict.lost,
+                verdict.all_lost,
             )
 
     async def _reassert(self, tenure: Tenure, verdict: Reassert) -> None:

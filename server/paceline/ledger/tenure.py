@@ -44,10 +44,12 @@ class Refound(msgspec.Struct, frozen=True):
 
 
 class Deposed(msgspec.Struct, frozen=True):
-    """Another owner goes on. ``lost`` are acknowledged records that its journal may lack."""
+    """Another owner goes on. ``lost`` are acknowledged records that its journal may lack; ``all_lost``: it began behind
+    none of ours that is kept here, and may lack everything."""
 
     head: Head
     lost: tuple[Record, ...]
+    all_lost: bool = False
 
 
 Verdict = Written | Unchanged | Reassert | Refound | Deposed
@@ -93,7 +95,7 @@ class Tenure:
         if own and (found.seq, found.hash) == (mine.seq, mine.hash):
             return Unchanged()
         if not own and found.epoch >= mine.epoch:
-            return Deposed(found, self._lost(found, flying))
+            return self._deposed(found, flying)
         behind = self._behind(found)
         if behind is not None:
             kept = msgspec.structs.replace(
@@ -116,7 +118,7 @@ class Tenure:
             return Reassert(found, kept, behind)
         if found.seq < mine.seq:
             return Refound(found)
-        return Deposed(found, tuple(self.tail))
+        return Deposed(found, tuple(self.tail), all_lost=True)
 
     def reasserted(self, stamped: Stamped, sent_at: int) -> None:
         """What was lost is back."""
@@ -135,15 +137,16 @@ class Tenure:
             return ()
         return self.tail.after(found.seq, found.hash) if found.seq < self.head.seq else None
 
-    def _lost(self, winner: Head, flying: Record | None) -> tuple[Record, ...]:
-        """Acknowledged records that are not below the winner."""
-        if (winner.base_seq, winner.base_hash) == (self.head.seq, self.head.hash):
-            return ()
-        if flying is not None and (winner.base_seq, winner.base_hash) == (flying.seq, flying.hash):
-            return ()
-        behind = self.tail.after(winner.base_seq, winner.base_hash)
-        # Unknown what it began with: the winner books only what it does not know.
-        return tuple(self.tail) if behind is None else behind
+    def _deposed(self, winner: Head, flying: Record | None) -> Deposed:
+        """What the winner cannot have: acknowledged records that are not below its own."""
+        base = (winner.base_seq, winner.base_hash)
+        if base == (self.head.seq, self.head.hash) or (flying is not None and base == (flying.seq, flying.hash)):
+            return Deposed(winner, ())
+        behind = self.tail.after(*base)
+        if behind is not None:
+            return Deposed(winner, behind)
+        # Unknown what it began with: it takes over only what it does not know.
+        return Deposed(winner, tuple(self.tail), all_lost=winner.base_seq <= self.head.seq)
 
 
 def _beginning(stamped: Stamped, head: Head) -> Beginning:
