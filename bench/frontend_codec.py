@@ -16,6 +16,7 @@ from paceline.config import Config, Shares, catalogue, definitions
 from paceline.engine.answers import Answer, Committed, DimensionState, Granted, Touched
 from paceline.engine.dimensions import Dimension, Window
 from paceline.engine.operations import Commit, Context, DefinePool, Operation, Reserve
+from paceline.frontend import shares as fleet_shares
 from paceline.frontend.auth import Caller, Identity
 from paceline.frontend.context import Signer, new_key
 from paceline.frontend.desk import Desk
@@ -26,8 +27,9 @@ from paceline.frontend.requests import Requests
 from paceline.frontend.routing import Router
 from paceline.frontend.session import Context as RpcContext
 from paceline.frontend.session import Session, SessionCaps, Tally
+from paceline.ledger.errors import LedgerError
 from paceline.ledger.memory import MemoryStore
-from paceline.ledger.owner import LedgerError, Owner
+from paceline.ledger.owner import Owner
 from paceline.providers.headers import ALLOWED_HEADERS, parse
 from paceline_client.stubs import v1 as pb
 
@@ -48,6 +50,20 @@ HEADERS = {
 }
 
 Reply = Callable[[Answer | LedgerError], object]
+
+
+def _monotonic_us() -> int:
+    return time.monotonic_ns() // 1_000
+
+
+class _Here:
+    """Every ledger is in this process."""
+
+    def is_local(self, ledger: str) -> bool:
+        return True
+
+    def leads(self, ledger: str) -> bool:
+        return True
 
 
 class CannedOwner(Owner):
@@ -156,8 +172,9 @@ class Rig:
         layout = [(state.dimension, state.window) for state in self.owner.states]
         desk = Desk(Requests(places, signer, parse, ALLOWED_HEADERS), Replies(signer, lambda *_: list(layout)), router)
         caller = Caller(Identity("bench"), "bench/1")
-        fallback = Fallback(lambda: time.monotonic_ns() // 1_000)
-        self.session = Session(desk, caller, SessionCaps(), fallback, cast(RpcContext, None), Tally())
+        clock = _monotonic_us
+        shares = fleet_shares.Shares(clock, Fallback(clock), _Here())
+        self.session = Session(desk, caller, SessionCaps(), shares, cast(RpcContext, None), Tally())
         self.desk = desk
 
     def run(self, raw: bytes) -> tuple[float, float, bytes]:

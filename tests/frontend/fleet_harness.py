@@ -13,7 +13,9 @@ from paceline.frontend.peers.link import LinkOptions
 from paceline.frontend.peers.serving import Serving, ServingOptions
 from paceline.frontend.peers.transport import PeerRefused, PeerUnreachable, WireClosed
 from paceline.ledger.clock import SystemClock
-from paceline.ledger.owner import LedgerError, Owner, Phase
+from paceline.ledger.errors import LedgerError
+from paceline.ledger.options import Phase
+from paceline.ledger.owner import Owner
 
 LEDGER = "default"
 

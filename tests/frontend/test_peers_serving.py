@@ -29,14 +29,8 @@ from paceline.frontend.peers.frames import (
 )
 from paceline.frontend.peers.serving import ServingOptions
 from paceline.frontend.peers.transport import WireClosed
-from paceline.ledger.owner import (
-    LedgerBusy,
-    LedgerDraining,
-    LedgerFault,
-    LedgerStopped,
-    LedgerUnavailable,
-    Phase,
-)
+from paceline.ledger.errors import LedgerBusy, LedgerDraining, LedgerFault, LedgerStopped, LedgerUnavailable
+from paceline.ledger.options import Phase
 from tests.frontend.fleet_harness import LEDGER, Call, FakeOwner, Network, Node, reserve, until
 
 OUTCOME = Outcome(Disposition.NOT_SENT)

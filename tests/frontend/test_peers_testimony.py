@@ -14,7 +14,7 @@ from paceline.frontend import membership
 from paceline.frontend.errors import unavailable
 from paceline.frontend.membership import Member
 from paceline.ledger.clock import SystemClock
-from paceline.ledger.owner import LedgerError, LedgerFault, LedgerUnavailable
+from paceline.ledger.errors import LedgerError, LedgerFault, LedgerUnavailable
 
 OUTCOME = Outcome(Disposition.NOT_SENT)
 

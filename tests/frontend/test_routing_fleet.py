@@ -12,14 +12,8 @@ import pytest_asyncio
 from paceline.engine.answers import Committed, Granted, Released
 from paceline.engine.operations import Commit, Disposition, Observation, Outcome, Release, Reserve
 from paceline.frontend.fleet import FleetOptions, aged
-from paceline.ledger.owner import (
-    LedgerBusy,
-    LedgerDraining,
-    LedgerFault,
-    LedgerStopped,
-    LedgerUnavailable,
-    Phase,
-)
+from paceline.ledger.errors import LedgerBusy, LedgerDraining, LedgerFault, LedgerStopped, LedgerUnavailable
+from paceline.ledger.options import Phase
 from tests.frontend.fleet_harness import LEDGER, Call, FakeOwner, Network, Node, reserve, until
 
 OUTCOME = Outcome(Disposition.NOT_SENT)
@@ -363,9 +357,7 @@ async def test_reconnecting_is_bounded(world: World) -> None:
     world.front.keeper.tell(1, "nobody")
     world.call(Commit("a", OUTCOME))
     began = asyncio.get_running_loop().time()
-    async with asyncio.timeout(10):
-        while len(world.network.connects) < 6:
-            await asyncio.sleep(0.01)
+    await until(lambda: len(world.network.connects) >= 6, timeout=10)
     # After the first few, each attempt waits for 5 ms at least.
     assert len(world.network.connects) <= 5 + (asyncio.get_running_loop().time() - began) / 0.005
 

@@ -11,7 +11,7 @@ from paceline.engine.answers import Released as ReleasedAnswer
 from paceline.engine.bucket import EndKind
 from paceline.engine.dimensions import Dimension
 from paceline.engine.operations import Commit, Disposition, Observe, Outcome, Refusal, Release, Renew, Reserve
-from paceline.ledger.owner import LedgerError
+from paceline.ledger.errors import LedgerError
 from paceline.upstream import Call
 from paceline.upstream.tokens import count
 from tests.hooks_matrix.seen import Seen

@@ -21,7 +21,8 @@ from paceline.engine.bucket import Bucket
 from paceline.engine.operations import Operation
 from paceline.engine.state import State
 from paceline.frontend.server import Server
-from paceline.ledger.owner import LedgerError, Owner
+from paceline.ledger.errors import LedgerError
+from paceline.ledger.owner import Owner
 from paceline.upstream import Call, Scenario
 from paceline.upstream.http import Upstream
 from tests.frontend.harness import config

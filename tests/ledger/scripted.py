@@ -11,9 +11,10 @@ import msgspec
 from paceline.engine.absence import Absence
 from paceline.engine.answers import Answer, Invalid
 from paceline.engine.operations import Operation, Release
+from paceline.ledger.errors import LedgerError
 from paceline.ledger.journal import Loaded, Mark, Record, StoreUnavailable
 from paceline.ledger.memory import MemoryJournal
-from paceline.ledger.owner import LedgerError, Owner
+from paceline.ledger.owner import Owner
 
 
 class Books:

@@ -15,10 +15,12 @@ from paceline.engine.operations import Candidate, Commit, DefinePool, Dispositio
 from paceline.engine.state import State
 from paceline.ledger.clock import ManualClock
 from paceline.ledger.commands import NodeInfo
-from paceline.ledger.journal import StoreUnavailable
+from paceline.ledger.errors import LedgerError, LedgerMoved, LedgerUnavailable
+from paceline.ledger.journal import StoreError, StoreUnavailable
 from paceline.ledger.keeper import Keeper, Where
 from paceline.ledger.machine import EngineMachine
-from paceline.ledger.owner import LedgerError, LedgerMoved, LedgerUnavailable, Owner, OwnerOptions, Phase
+from paceline.ledger.options import OwnerOptions, Phase
+from paceline.ledger.owner import Owner
 from paceline.ledger.shared import Terms
 from tests.ledger.model_store import ModelCommands, ModelStore
 
@@ -48,12 +50,18 @@ class Fleet:
         self.cut: set[str] = set()
         """Processes that cannot reach the store."""
         self.told: list[Operation] = []
+        self.failing: list[tuple[str, StoreError]] = []
+        """Commands that fail, once each, whoever gives them."""
         self._numbers = itertools.count(1)
 
     async def add(self, name: str, form: int = 2) -> Keeper:
-        def fault(_: str, done: bool) -> None:
+        def fault(command: str, done: bool) -> None:
             if name in self.cut:
                 raise StoreUnavailable("cut off")
+            for number, (which, error) in enumerate(self.failing):
+                if which == command:
+                    del self.failing[number]
+                    raise error
 
         def told(_: str, operations: Sequence[Operation]) -> None:
             self.told += operations
@@ -312,6 +320,70 @@ async def test_the_heir_puts_the_books_back_into_an_empty_store(fleet: Fleet) ->
     sequence = fleet.owner.sequence
     await fleet.grant("after")
     assert fleet.owner.sequence > sequence
+
+
+async def test_an_heir_whose_claim_fails_keeps_its_books(fleet: Fleet) -> None:
+    for number in range(5):
+        await fleet.grant(f"k{number}")
+    await fleet.run(0.2)
+    (name,) = fleet.owners
+    fleet.kill(name)
+    fleet.store.lose("a", 3)
+    fleet.failing = [("acquire", StoreUnavailable("the primary has changed"))] * 2
+    await fleet.run(10)
+    assert not fleet.failing
+    assert set(state_of(fleet.owner).open) == {f"k{number}" for number in range(5)}
+
+
+@pytest.mark.parametrize("command", ["append", "renew"])
+async def test_a_living_owner_keeps_its_books_whatever_the_store_says(fleet: Fleet, command: str) -> None:
+    await fleet.grant("k")
+    owner = fleet.owner
+    fleet.store.lose("a", 1)
+    fleet.failing = [(command, StoreError("WRONGPASS"))] * 2
+    await fleet.grant("after")
+    await fleet.run(2)
+    assert fleet.owner is owner
+    assert owner.phase is Phase.SERVING
+    assert set(state_of(owner).open) == {"k", "after"}
+
+
+async def test_books_that_do_not_arrive_whole_are_sent_again(fleet: Fleet) -> None:
+    for number in range(3):
+        await fleet.grant(f"k{number}")
+    fleet.store.wipe()
+    fleet.failing = [("put_chunk", StoreUnavailable("slow")), ("reassert", StoreUnavailable("slow"))]
+    await asyncio.gather(*(fleet.grant(f"after{number}") for number in range(3)))
+    (name,) = fleet.owners
+    await fleet.run(1)
+    fleet.kill(name)
+    await fleet.run(8)
+    keys = {f"k{number}" for number in range(3)} | {f"after{number}" for number in range(3)}
+    assert set(state_of(fleet.owner).open) == keys
+
+
+async def test_whoever_began_with_nothing_is_told_everything(fleet: Fleet) -> None:
+    (name,) = fleet.owners
+    old = fleet.owner
+    for number in range(3):
+        await fleet.grant(f"k{number}")
+    await fleet.run(0.2)
+    # Nobody has followed, and nobody remembers.
+    for keeper in fleet.keepers.values():
+        keeper._entries["a"].fold = None
+        keeper._entries["a"].highest = 0
+    fleet.pause(name)
+    fleet.store.wipe()
+    await fleet.run(8)
+    (new,) = [each for each in fleet.owners if each != name]
+    assert not state_of_keeper(fleet.keepers[new]).open
+    fleet.cut.clear()
+    await fleet.run(3)
+    assert old.phase is Phase.DEPOSED
+    await fleet.call(POOL)
+    for operation in fleet.told:
+        await fleet.call(operation)
+    assert set(state_of(fleet.owner).open) == {f"k{number}" for number in range(3)}
 
 
 async def test_a_store_that_is_away_is_waited_for(fleet: Fleet) -> None:

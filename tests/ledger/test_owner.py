@@ -14,17 +14,10 @@ import structlog
 from paceline.engine.answers import Invalid
 from paceline.engine.operations import Release
 from paceline.ledger.clock import ManualClock
+from paceline.ledger.errors import LedgerBusy, LedgerDraining, LedgerFault, LedgerStopped, LedgerUnavailable
 from paceline.ledger.journal import Mark, Record, StoreCorrupt, StoreUnavailable
-from paceline.ledger.owner import (
-    LedgerBusy,
-    LedgerDraining,
-    LedgerFault,
-    LedgerStopped,
-    LedgerUnavailable,
-    Owner,
-    OwnerOptions,
-    Phase,
-)
+from paceline.ledger.options import OwnerOptions, Phase
+from paceline.ledger.owner import Owner
 from paceline.ledger.sqlite import SqliteStore
 from tests.ledger.journal_kit import read
 from tests.ledger.scripted import Caller, Machine, ScriptedJournal, keys_of, settle

@@ -30,8 +30,10 @@ from paceline.engine.operations import (
     SetPaused,
 )
 from paceline.engine.state import State
+from paceline.ledger.errors import LedgerError, LedgerFault
 from paceline.ledger.machine import EngineMachine
-from paceline.ledger.owner import LedgerError, LedgerFault, Owner, OwnerOptions, Phase
+from paceline.ledger.options import OwnerOptions, Phase
+from paceline.ledger.owner import Owner
 from paceline.ledger.sqlite import SqliteStore
 
 PROFILE = Profile(

@@ -19,6 +19,7 @@ from pathlib import Path
 import pytest
 
 from paceline.engine.operations import Release
+from paceline.ledger.errors import LedgerUnavailable
 from paceline.ledger.journal import (
     Record,
     Store,
@@ -29,7 +30,8 @@ from paceline.ledger.journal import (
     StoreUnavailable,
     StoreVersion,
 )
-from paceline.ledger.owner import LedgerUnavailable, Owner, OwnerOptions
+from paceline.ledger.options import OwnerOptions
+from paceline.ledger.owner import Owner
 from paceline.ledger.sqlite import Durability, SqliteJournal, SqliteStore
 from tests.ledger.journal_kit import JournalKit, after, append_many, mark, read, stream
 from tests.ledger.scripted import Machine, keys_of

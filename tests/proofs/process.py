@@ -31,7 +31,7 @@ def free_port() -> int:
 
 
 class ServerProcess:
-    """``paceline serve`` over one store: a file, unless ``url`` says otherwise. ``module`` is run in its place, with the
+    """``paceline serve`` over one store: a file, unless ``url`` says otherwise. ``module`` is run in its place with the
     same arguments; ``name`` tells the files of several servers in one folder apart."""
 
     def __init__(self, folder: Path, config: str, *, module: str = "", url: str = "", name: str = "") -> None:

@@ -26,7 +26,7 @@ from paceline.engine.operations import (
     Renew,
     Reserve,
 )
-from paceline.ledger.owner import LedgerError
+from paceline.ledger.errors import LedgerError
 from tests.simulation.network import NOBODY, Asked, Caller, Host
 
 if TYPE_CHECKING:

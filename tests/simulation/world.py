@@ -24,9 +24,11 @@ from paceline.engine.state import FoldError
 from paceline.frontend.fleet import ASKS, FleetOptions, FleetRouter
 from paceline.frontend.peers.serving import Serving
 from paceline.ledger.commands import NodeInfo
+from paceline.ledger.errors import LedgerError, LedgerUnavailable
 from paceline.ledger.journal import Record, StoreError, _hash
 from paceline.ledger.keeper import Keeper, KeeperOptions
-from paceline.ledger.owner import LedgerError, LedgerUnavailable, Owner, OwnerOptions, Phase
+from paceline.ledger.options import OwnerOptions, Phase
+from paceline.ledger.owner import Owner
 from paceline.ledger.shared import Terms
 from paceline_client import _core
 from tests.simulation.checks import Checks

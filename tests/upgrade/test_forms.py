@@ -15,9 +15,10 @@ from paceline.engine.engine import Engine
 from paceline.engine.operations import Candidate, Commit, DefinePool, Disposition, Outcome, Reserve
 from paceline.engine.state import FORMAT, FoldError, State
 from paceline.ledger.clock import ManualClock
+from paceline.ledger.errors import LedgerStopped
 from paceline.ledger.journal import Journal, StoreVersion
 from paceline.ledger.machine import EngineMachine
-from paceline.ledger.owner import LedgerStopped, Owner
+from paceline.ledger.owner import Owner
 from paceline.ledger.shared import SharedJournal, Terms
 from paceline.ledger.sqlite import SqliteStore
 from tests.ledger.model_store import ModelCommands, ModelStore

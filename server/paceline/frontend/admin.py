@@ -52,7 +52,7 @@ from paceline.frontend.replies import money
 from paceline.frontend.requests import duration_us, label, uuid_of
 from paceline.frontend.routing import Router, Slot
 from paceline.frontend.session import Context
-from paceline.ledger.owner import LedgerError
+from paceline.ledger.errors import LedgerError
 from paceline_client.stubs import v1 as pb
 
 SERVICE = "paceline.v1.AdminService"

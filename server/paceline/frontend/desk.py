@@ -23,7 +23,7 @@ from paceline.frontend.places import Destination
 from paceline.frontend.replies import Replies, draining
 from paceline.frontend.requests import Known, Recall, Requests, Reservation
 from paceline.frontend.routing import Found, Router, Slot, look_up
-from paceline.ledger.owner import (
+from paceline.ledger.errors import (
     LedgerBusy,
     LedgerDraining,
     LedgerError,

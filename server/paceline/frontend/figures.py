@@ -15,7 +15,7 @@ from paceline.frontend.fleet import FleetSlot
 from paceline.frontend.routing import Slot
 from paceline.frontend.session import Sessions
 from paceline.ledger.keeper import Keeper
-from paceline.ledger.owner import LATENCY_BUCKETS, Statistics
+from paceline.ledger.options import LATENCY_BUCKETS, Statistics
 from paceline.telemetry import (
     Figures,
     FleetFigures,

@@ -26,16 +26,16 @@ from paceline.frontend.peers.serving import Handler, Seat, Whereabouts
 from paceline.frontend.peers.transport import Transport
 from paceline.frontend.routing import Found, Reply, Router, SetupOf, Slot, layout_of, look_up
 from paceline.ledger.clock import Clock, Timer
-from paceline.ledger.owner import (
+from paceline.ledger.errors import (
     LedgerBusy,
     LedgerDraining,
     LedgerError,
     LedgerFault,
     LedgerStopped,
     LedgerUnavailable,
-    Owner,
-    Phase,
 )
+from paceline.ledger.options import Phase
+from paceline.ledger.owner import Owner
 
 _log = structlog.get_logger(__name__)
 
@@ -261,7 +261,7 @@ class FleetSlot(Slot):
     async def ask(self, name: str, body: bytes, timeout_us: int = _ASK_US) -> bytes | None:
         """Ask the owner's process; ``None``: it does not know this question.
 
-        Raises :class:`~paceline.ledger.owner.LedgerUnavailable` if nobody answers within ``timeout_us``.
+        Raises :class:`~paceline.ledger.errors.LedgerUnavailable` if nobody answers within ``timeout_us``.
         """
         until = self._clock.monotonic() + timeout_us
         while True:

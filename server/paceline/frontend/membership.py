@@ -36,10 +36,12 @@ from paceline.frontend.routing import Router, SetupOf, Slot
 from paceline.frontend.shares import SURRENDER, Place, inherit, serve_ask, serve_surrender
 from paceline.ledger.clock import SystemClock
 from paceline.ledger.commands import Commands, NodeInfo
+from paceline.ledger.errors import LedgerError, LedgerFault
 from paceline.ledger.journal import Store
 from paceline.ledger.keeper import Keeper, Where
 from paceline.ledger.machine import EngineMachine
-from paceline.ledger.owner import LedgerError, LedgerFault, Owner, OwnerOptions, Phase
+from paceline.ledger.options import OwnerOptions, Phase
+from paceline.ledger.owner import Owner
 from paceline.ledger.shared import Terms
 
 _log = structlog.get_logger(__name__)

@@ -20,8 +20,10 @@ from paceline.engine.state import State
 from paceline.frontend.errors import refused, unavailable
 from paceline.frontend.limits import MAX_DEFINED_POOLS, MAX_LEDGERS
 from paceline.frontend.places import Destination
+from paceline.ledger.errors import LedgerBusy, LedgerError, LedgerUnavailable
 from paceline.ledger.journal import RETRYABLE, StoreError
-from paceline.ledger.owner import LedgerBusy, LedgerError, LedgerUnavailable, Owner, Phase
+from paceline.ledger.options import Phase
+from paceline.ledger.owner import Owner
 
 _log = structlog.get_logger(__name__)
 
@@ -238,7 +240,7 @@ class Router:
 
     async def open(self, accounts: Iterable[str]) -> None:
         """Start these ledgers. Raises :class:`~paceline.ledger.journal.StoreError` or
-        :class:`~paceline.ledger.owner.LedgerStopped` if one cannot be read."""
+        :class:`~paceline.ledger.errors.LedgerStopped` if one cannot be read."""
         for account in accounts:
             if account not in self.slots:
                 slot = self._make(account)

@@ -52,9 +52,9 @@ from paceline.frontend.routing import Router, Slot
 from paceline.frontend.session import SessionCaps, Sessions
 from paceline.frontend.shares import Shares
 from paceline.ledger.commands import Commands
+from paceline.ledger.errors import LedgerError
 from paceline.ledger.journal import Store, StoreError, StoreUnavailable
 from paceline.ledger.machine import EngineMachine
-from paceline.ledger.owner import LedgerError
 from paceline.ledger.store import open_store
 from paceline.providers import Catalogue, Target
 from paceline.providers.headers import ALLOWED_HEADERS, FAMILIES, parse

@@ -16,7 +16,7 @@ from paceline.engine.waiting import Pending
 from paceline.frontend.errors import Problem, unavailable
 from paceline.frontend.replies import CURRENCY, money
 from paceline.frontend.routing import Slot
-from paceline.ledger.owner import Phase
+from paceline.ledger.options import Phase
 from paceline_client.stubs import v1 as pb
 
 MAX_SHOWN_TARGETS = 16

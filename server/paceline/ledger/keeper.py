@@ -19,11 +19,13 @@ import structlog
 from paceline.engine.operations import Operation
 from paceline.ledger.clock import Clock, SystemClock
 from paceline.ledger.commands import Commands, NodeInfo
+from paceline.ledger.errors import LedgerError
 from paceline.ledger.fold import Fold, Unfoldable
 from paceline.ledger.journal import Mark, StoreError, StoreVersion
 from paceline.ledger.lease import Head
 from paceline.ledger.machine import Machine
-from paceline.ledger.owner import LedgerError, Owner, OwnerOptions, Phase
+from paceline.ledger.options import OwnerOptions, Phase
+from paceline.ledger.owner import Owner
 from paceline.ledger.shared import Bid, SharedJournal, StoreHeld, Terms, check_of, too_new
 from paceline.ledger.succession import due, heirs, ranking
 
@@ -32,6 +34,8 @@ _log = structlog.get_logger("paceline.ledger")
 MAX_LEDGERS = 256
 """Looked after by one process; more are left to others."""
 _READ_RECORDS = 256
+_YOUNGER_US = 5_000_000
+"""By so much a process began later than one that it leaves the first look at unknown ledgers to."""
 
 
 class Where(msgspec.Struct, frozen=True):
@@ -164,6 +168,7 @@ class Keeper:
         self._nodes: dict[str, NodeInfo] = {}
         self._announcing: asyncio.Task[None] | None = None
         self._closed = False
+        self._born = self._clock.monotonic()
 
     # -- for front ends -------------------------------------------------------------------------------------------
 
@@ -356,10 +361,15 @@ class Keeper:
     def _vacant_at(self, entry: _Entry, now: int) -> int:
         """When a ledger of which the store has nothing is nobody's (the store's time, µs)."""
         empty_since = 0 if entry.empty_since is None else entry.empty_since
-        if not entry.highest or (entry.dead is not None and entry.dead[0] == entry.where.epoch):
-            return empty_since
         # An owner that lives puts its books back with its next renewal; this process may have been held up itself.
         patience = self._terms.lease_us + self._terms.lag_us
+        if not entry.highest:
+            # Whoever was here before may know of a ledger that the store has lost.
+            young = any(node.started_at < self.info.started_at - _YOUNGER_US for node in self._nodes.values())
+            born = now - (self._clock.monotonic() - self._born)
+            return max(empty_since, born + patience) if young else empty_since
+        if entry.dead is not None and entry.dead[0] == entry.where.epoch:
+            return empty_since
         # The clock of another store may be another one: what was seen before is counted from now on.
         leased = now + entry.leased_until + self._terms.lag_us - self._clock.monotonic()
         return max(empty_since + patience, leased)

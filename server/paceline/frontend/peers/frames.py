@@ -13,7 +13,7 @@ import msgspec
 
 from paceline.engine.answers import Answer, Denied, Granted, Touched
 from paceline.engine.operations import Operation
-from paceline.ledger.owner import (
+from paceline.ledger.errors import (
     LedgerBusy,
     LedgerDraining,
     LedgerError,
@@ -78,7 +78,7 @@ class Answers(msgspec.Struct, frozen=True, array_like=True, tag=6, gc=False):
 
 
 class Failure(msgspec.Struct, frozen=True, array_like=True, gc=False):
-    """A :class:`~paceline.ledger.owner.LedgerError`."""
+    """A :class:`~paceline.ledger.errors.LedgerError`."""
 
     number: int
     kind: int
@@ -155,7 +155,7 @@ def failure(number: int, error: LedgerError) -> Failure:
 
 
 def error_of(item: Failure) -> LedgerError:
-    """An error, as it was sent. A kind of a later version is :class:`~paceline.ledger.owner.LedgerUnavailable`."""
+    """An error, as it was sent. A kind of a later version is :class:`~paceline.ledger.errors.LedgerUnavailable`."""
     kind = _KINDS[item.kind] if 0 <= item.kind < len(_KINDS) else LedgerUnavailable
     return kind(item.message, item.retry_after_us)
 

@@ -36,7 +36,7 @@ from paceline.frontend.peers.frames import (
 )
 from paceline.frontend.peers.transport import PeerRefused, PeerUnreachable, Transport, Wire, WireClosed
 from paceline.ledger.clock import Clock
-from paceline.ledger.owner import LedgerDraining, LedgerError, LedgerStopped, LedgerUnavailable
+from paceline.ledger.errors import LedgerDraining, LedgerError, LedgerStopped, LedgerUnavailable
 
 _log = structlog.get_logger(__name__)
 

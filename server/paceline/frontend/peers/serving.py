@@ -30,7 +30,9 @@ from paceline.frontend.peers.frames import (
 )
 from paceline.frontend.peers.transport import Wire, WireClosed
 from paceline.ledger.clock import Clock
-from paceline.ledger.owner import LedgerBusy, LedgerError, Owner, Phase
+from paceline.ledger.errors import LedgerBusy, LedgerError
+from paceline.ledger.options import Phase
+from paceline.ledger.owner import Owner
 
 _log = structlog.get_logger(__name__)
 
