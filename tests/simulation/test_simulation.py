@@ -1,6 +1,6 @@
 """The simulation itself: it repeats, it finds nothing wrong, and it would find it.
 
-The long run is ``make simulate``; here are as many fresh seeds as fit into some seconds.
+The long run is ``make simulate``; here are as many fresh seeds as fit into ten seconds.
 """
 
 from __future__ import annotations
