@@ -154,7 +154,7 @@ def test_restarted_empty(tmp_path: Path) -> None:
 
 
 def test_restarted_empty_and_its_owner_dead(tmp_path: Path) -> None:
-    """Everything is lost, and no wonder: there was one copy, in a Redis that keeps nothing. The fleet goes on."""
+    """The store and the owner are lost together: the heir has what it has followed. The fleet goes on."""
     need_redis()
     with (
         RedisServer() as server,
