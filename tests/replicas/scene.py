@@ -12,7 +12,7 @@ from typing import Any
 from tests.proofs.recount import Stored
 from tests.replicas.again import forgotten
 from tests.replicas.checks import Connect, Judgement, conserved, judge, read_log
-from tests.replicas.fleet import AMPLE, LEDGER, Clients, Fleet, Server, pool_config
+from tests.replicas.fleet import AMPLE, KEEPING, LEDGER, Clients, Fleet, Server, pool_config
 from tests.replicas.logbook import Answered, read
 
 RATE = 120.0
@@ -100,12 +100,13 @@ def scene(
     mix: str = MIX,
     seed: int = 1,
     own: Sequence[str] = (),
+    module: str = KEEPING,
     **options: Any,
 ) -> Iterator[Scene]:
     """A fleet with an owner, and callers who are being answered."""
     config = pool_config(limits or AMPLE, more)
     with (
-        Fleet(folder, servers, config, urls, own=own) as fleet,
+        Fleet(folder, servers, config, urls, own=own, module=module) as fleet,
         Clients(folder, fleet.addresses, seed=seed, mix=mix, **options) as clients,
     ):
         clients.rate(rate)

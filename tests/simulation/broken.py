@@ -369,8 +369,9 @@ VARIANTS = (
         "a snapshot trims one record too many",
         _trims_one_too_many,
         (
-            20,
-            9,
+            93,
+            126,
+            134,
         ),
     ),
     Variant(
@@ -386,9 +387,9 @@ VARIANTS = (
         "lease never checked for denials",
         _lease_never_checked,
         (
-            234,
-            262,
-            319,
+            458,
+            477,
+            488,
         ),
     ),
     Variant("a deposed owner says nothing", _testimony_dropped, (701394, 701154)),

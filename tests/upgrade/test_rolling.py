@@ -105,8 +105,7 @@ def kinds(on: Scene) -> Counter[str]:
 
 
 def test_the_version_before_says_what_to_do(tmp_path: Path, redis_server: RedisServer) -> None:
-    modules = (NEXT_MODULE,)
-    with scene(tmp_path, redis_server.url, to(redis_server), servers=1, modules=modules) as on:
+    with scene(tmp_path, redis_server.url, to(redis_server), servers=1, module=NEXT_MODULE) as on:
         [server] = on.fleet.servers
         judgement = on.finish()
         assert not judgement.faults
