@@ -115,6 +115,8 @@ class AdoptionMachine(BooksMachine):
     def __init__(self) -> None:
         super().__init__()
         self.world: LosingWorld = LosingWorld()
+        # What is adopted may put a month's money into debt, and then a denial may name too early an instant.
+        self.world.comes_back = False
 
     @rule(data=st.data(), idle=st.booleans(), count=st.integers(1, 8))
     def lose(self, data: st.DataObject, idle: bool, count: int) -> None:
