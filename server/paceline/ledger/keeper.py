@@ -11,7 +11,6 @@ import asyncio
 import contextlib
 import secrets
 from collections.abc import Callable, Iterable, Sequence
-from typing import Protocol
 
 import msgspec
 import structlog
@@ -21,7 +20,7 @@ from paceline.ledger.clock import Clock, SystemClock
 from paceline.ledger.commands import Commands, NodeInfo
 from paceline.ledger.errors import LedgerError
 from paceline.ledger.fold import Fold, Unfoldable
-from paceline.ledger.journal import Mark, StoreError, StoreVersion
+from paceline.ledger.journal import StoreError, StoreVersion
 from paceline.ledger.lease import Head
 from paceline.ledger.machine import Machine
 from paceline.ledger.options import OwnerOptions, Phase
@@ -87,15 +86,6 @@ class Statistics:
         """Acknowledged records that a store had lost, handed to the winner."""
         self.reasserted = 0
         """Times that lost records were put back, in owners that are gone."""
-
-
-class Locator(Protocol):
-    """What front ends need to know of ledgers."""
-
-    def where(self, ledger: str) -> Where: ...
-    def want(self, ledger: str) -> None: ...
-    def suspect(self, ledger: str, epoch: int) -> None: ...
-    def hint(self, ledger: str, epoch: int, node: str, address: str) -> None: ...
 
 
 class _Entry:
@@ -398,7 +388,7 @@ class Keeper:
         return first.node if settled and mine >= first.ledgers + self._options.gap else ""
 
     async def _take(self, entry: _Entry, depose: int) -> None:
-        journal = SharedJournal(entry.ledger, self._commands, self._terms, clock=self._clock, nonce=self._nonce)
+        journal = self._new_journal(entry)
 
         def heard(_: Phase) -> None:
             entry.wake.set()
@@ -491,11 +481,13 @@ class Keeper:
         entry.warm = ahead or (fold.seq, fold.hash) == (head.seq, head.hash)
         entry.fold = fold if entry.warm else None
 
+    def _new_journal(self, entry: _Entry) -> SharedJournal:
+        return SharedJournal(entry.ledger, self._commands, self._terms, clock=self._clock, nonce=self._nonce)
+
     async def _restored(self, entry: _Entry, head: Head) -> Fold:
-        journal = SharedJournal(entry.ledger, self._commands, self._terms, clock=self._clock, nonce=self._nonce)
         fold = Fold(entry.ledger, self._machine, self._clock)
-        mark, chunks = await journal.snapshot_of(head)
-        if isinstance(mark, Mark):
+        mark, chunks = await self._new_journal(entry).snapshot_of(head)
+        if mark is not None:
             await fold.restore(mark, chunks)
         return fold
 
@@ -533,7 +525,7 @@ class Keeper:
         last = max(patient_until, deadline - int(self._options.hand_over_s * 1e6))
         while owner is not None and owner.phase is Phase.SERVING:
             order = heirs(entry.ledger, self._nodes, self.info.node, owner.form or 0)
-            warm = [node for node in order if entry.ledger in self._nodes[node].warm]
+            warm = [node for node in order if self._is_warm(entry, node)]
             late = self._clock.monotonic() >= patient_until
             if not order:
                 break

@@ -697,13 +697,7 @@ class Owner:
             return
         absence = Absence(since=self._stalled_at, most_us=self._options.unseen_us)
         self._decider = self._machine.decider(self.ledger, self._books, absence, self.form)
-        if not isinstance(self._refusal, LedgerDraining | LedgerMoved):
-            self._refusal = None
-            self._enter(Phase.SERVING)
-        else:
-            self._enter(Phase.DRAINING)
-        self._due = True
-        self._schedule()
+        self._go_on()
 
     def _is_deposed(self) -> bool:
         return self.phase is Phase.DEPOSED
@@ -797,11 +791,15 @@ class Owner:
             return
         except StoreHeld:
             return
-        if not isinstance(self._refusal, LedgerDraining):
+        self._go_on()
+
+    def _go_on(self) -> None:
+        """Serve again after a trouble, or drain on, if this owner was about to let go."""
+        if isinstance(self._refusal, LedgerDraining | LedgerMoved):
+            self._enter(Phase.DRAINING)
+        else:
             self._refusal = None
             self._enter(Phase.SERVING)
-        else:
-            self._enter(Phase.DRAINING)
         self._due = True
         self._schedule()
 
