@@ -97,14 +97,19 @@ class Caller:
         return request, granted, settled
 
 
-def again(call: Callable[[], Any]) -> Any:
-    """Repeat a call whose connection broke, once."""
-    try:
-        return call()
-    except grpc.RpcError as error:
-        if error.code() is not grpc.StatusCode.UNAVAILABLE:
-            raise
-    return call()
+def again(call: Callable[[], Any], timeout: float = 3) -> Any:
+    """Repeat a call while connections to a dead process break.
+
+    A process has several listening sockets, which the kernel closes one after the other: who comes back at once may
+    be taken in by one that is about to go.
+    """
+    deadline = time.monotonic() + timeout
+    while True:
+        try:
+            return call()
+        except grpc.RpcError as error:
+            if error.code() is not grpc.StatusCode.UNAVAILABLE or time.monotonic() >= deadline:
+                raise
 
 
 def until(condition: Callable[[], Any], timeout: float = 20) -> None:
