@@ -469,11 +469,15 @@ class Keeper:
                 mark = check_of(head)
                 fold.check = mark if mark is not None and mark.seq > fold.seq else None
                 await fold.follow(records)
-        except (Unfoldable, StoreError) as error:
+        except Unfoldable as error:
             _log.warning("cannot follow ledger", ledger=entry.ledger, error=str(error))
             entry.fold, entry.warm = None, False
-            if isinstance(error, Unfoldable):
-                entry.not_before = self._clock.monotonic() + self._options.retry_us
+            entry.not_before = self._clock.monotonic() + self._options.retry_us
+            return
+        except StoreError as error:
+            # What was read stays: should owner and store be lost together, it may be all that is left.
+            _log.warning("cannot follow ledger", ledger=entry.ledger, error=str(error))
+            entry.fold, entry.warm = fold, False
             return
         # Elsewhere: the store has dropped what was to be read. Ahead: it has lost what was read, which can be put back.
         # A store that has nothing takes it whole.
