@@ -122,6 +122,8 @@ class Bucket(msgspec.Struct, array_like=True):
     """When a reading last confirmed a learned limit."""
     losses: Losses = msgspec.field(default_factory=Losses)
     """Refill that did not count."""
+    outside: int = 0
+    """What others seem to use of it, per minute."""
 
     @property
     def is_read(self) -> bool:

@@ -53,6 +53,12 @@ class Refusal(IntEnum):
     SPEND = 3
     """The account's spend cap: nothing will pass until an operator or the month opens it."""
     OTHER = 4
+    RAMP = 5
+    """Usage grew too fast: the limit of the moment is lower, and climbs."""
+    CONCURRENCY = 6
+    """Too many calls are in flight."""
+    NO_QUOTA = 7
+    """The limit is zero: nothing will ever pass until an operator has changed that."""
 
 
 class Reading(msgspec.Struct, frozen=True, array_like=True, gc=False):
@@ -74,6 +80,7 @@ class Observation(msgspec.Struct, frozen=True, array_like=True, gc=False):
     """What one response said of the limits, ``age_us`` after the caller had received its headers.
 
     ``retry_after_us`` goes with ``refusal``; ``refused`` is the dimension that the refusal names, if it names one.
+    ``allowed`` goes with a ramp: what the upstream lets pass at the moment, per minute, in that dimension.
     """
 
     readings: tuple[Reading, ...] = ()
@@ -81,6 +88,7 @@ class Observation(msgspec.Struct, frozen=True, array_like=True, gc=False):
     refusal: Refusal | None = None
     refused: Dimension | None = None
     retry_after_us: int | None = None
+    allowed: int | None = None
 
 
 class Outcome(msgspec.Struct, frozen=True, array_like=True, gc=False):
