@@ -187,6 +187,34 @@ async def test_a_dead_owner_need_not_be_waited_for(fleet: Fleet) -> None:
     assert set(state_of(fleet.owner).open) == {"k"}
 
 
+async def test_who_was_found_dead_at_another_primary_says_nothing_of_this_one(fleet: Fleet) -> None:
+    """There an epoch may be another owner's: its number alone does not tell."""
+    await fleet.grant("k")
+    await fleet.run(1)
+    owner = fleet.owner
+    fleet.store.lose("a", 0)
+    for keeper in fleet.keepers.values():
+        keeper.suspect("a", owner.epoch)
+    await fleet.run(5)
+    assert fleet.owner is owner
+    assert owner.epoch == fleet.store.heads["a"].epoch
+    assert fleet.store.heads["a"].lineage == fleet.store.primary
+
+
+async def test_a_lease_that_ended_before_the_primary_changed_is_no_sign_that_its_owner_is_gone(fleet: Fleet) -> None:
+    """The store took no writes for longer than a lease, and then fails over: the owner comes to the new one first."""
+    await fleet.grant("k")
+    await fleet.run(1)
+    owner = fleet.owner
+    fleet.cut.update(fleet.keepers)
+    await fleet.run(6)
+    fleet.store.lose("a", 0)
+    fleet.cut.clear()
+    await fleet.run(3)
+    assert fleet.owner is owner
+    assert owner.phase is Phase.SERVING
+
+
 async def test_a_paused_owner_is_deposed_and_grants_nothing_more(fleet: Fleet) -> None:
     (name,) = fleet.owners
     old = fleet.owner

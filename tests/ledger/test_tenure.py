@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import itertools
 
+import msgspec
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -249,11 +250,20 @@ HEAD = Head(4, b"n", "owner", "", 1, b"h", 1, 0, 0, 3_000_000, 0, b"", "here", 2
 
 
 def test_when_a_ledger_may_be_taken() -> None:
-    def at(head: Head | None, rank: int = 0, dead: int | None = None, lineage: str = "here") -> tuple[int, int]:
-        return due(head, 1_000_000, "me", rank, lineage=lineage, lag_us=500_000, dead_since=dead)
+    def at(
+        head: Head | None, rank: int = 0, dead: int | None = None, lineage: str = "here", since: int = 0
+    ) -> tuple[int, int]:
+        return due(head, 1_000_000, "me", rank, lineage=lineage, lag_us=500_000, dead_since=dead, primary_since=since)
 
     assert at(None) == (0, 0)
     assert at(HEAD) == (3_000_000, 0)
     assert at(HEAD, 2) == (3_000_000 + 2 * PATIENCE_US, 0)
     assert at(HEAD, 1, dead=900_000) == (900_000 + PATIENCE_US, 4)
     assert at(HEAD, 0, dead=900_000, lineage="there") == (3_500_000, 0)
+    # A lease that was over when the primary changed: whoever writes to the one before may do so for the lag.
+    over = msgspec.structs.replace(HEAD, until=100_000)
+    assert at(over) == (100_000, 0)
+    assert at(over, 1, lineage="there", since=900_000) == (1_400_000 + PATIENCE_US, 0)
+    mine = msgspec.structs.replace(over, node="me")
+    assert at(mine) == (1_000_000, 4)
+    assert at(mine, lineage="there", since=900_000) == (1_400_000, 0)

@@ -354,8 +354,8 @@ VARIANTS = (
             7,
         ),
     ),
-    Variant("the store compares only the epoch", _epoch_alone, (12,)),
-    Variant("a resent record is appended again", _resend_appends_again, (12,)),
+    Variant("the store compares only the epoch", _epoch_alone, (15,)),
+    Variant("a resent record is appended again", _resend_appends_again, (15,)),
     Variant("books put back without comparing", _reassert_without_comparing, (2,)),
     Variant(
         "a new primary is taken at once",
@@ -378,7 +378,7 @@ VARIANTS = (
         "answers before the append",
         _answers_before_append,
         (
-            1,
+            2,
             6,
         ),
     ),
@@ -409,7 +409,7 @@ VARIANTS = (
         "resend granted twice",
         _resend_granted_twice,
         (
-            1,
+            4,
             3,
         ),
     ),

@@ -159,6 +159,8 @@ class Keeper:
         self._announcing: asyncio.Task[None] | None = None
         self._closed = False
         self._born = self._clock.monotonic()
+        self._primary = ("", 0)
+        """The store's primary, and when it was first seen (monotonic µs)."""
 
     # -- for front ends -------------------------------------------------------------------------------------------
 
@@ -323,15 +325,19 @@ class Keeper:
         dead_since = None
         if head is not None and entry.dead is not None and entry.dead[0] == head.epoch:
             dead_since = now - max(0, self._clock.monotonic() - entry.dead[1])
+        lineage = await self._commands.lineage()
+        if lineage != self._primary[0]:
+            self._primary = lineage, self._clock.monotonic()
         at, depose = due(
             head,
             now,
             me,
             rank,
-            lineage=await self._commands.lineage(),
+            lineage=lineage,
             lag_us=self._terms.lag_us,
             dead_since=dead_since,
             vacant_at=self._vacant_at(entry, now),
+            primary_since=now - (self._clock.monotonic() - self._primary[1]),
         )
         if at <= now and self._clock.monotonic() >= entry.not_before:
             await self._take(entry, depose)
@@ -561,6 +567,9 @@ class Keeper:
 
     def _place(self, entry: _Entry, where: Where) -> None:
         if where != entry.where or where.owner is not entry.where.owner:
+            if where.era != entry.where.era:
+                # There the same epoch may be another owner's.
+                entry.dead = None
             entry.where = where
             entry.highest = max(entry.highest, where.epoch)
             self._on_change(entry.ledger)

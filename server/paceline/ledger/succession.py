@@ -45,20 +45,24 @@ def due(
     lag_us: int,
     dead_since: int | None,
     vacant_at: int = 0,
+    primary_since: int = 0,
 ) -> tuple[int, int]:
     """From when on (the store's time, µs) this process may take the ledger, and the epoch that it deposes (0: none).
 
     ``rank`` is its place among the heirs; ``dead_since`` is when the owner's connection was found refused. Without a
     head, the ledger is nobody's from ``vacant_at`` on: an owner that was known may live, and put it back.
+    ``primary_since`` is when this process first saw the store's present primary.
     """
     pause = rank * PATIENCE_US
     if head is None:
         return vacant_at + pause, 0
+    if head.lineage != lineage:
+        # The primary before may go on for the lag, and there an owner writes on although its lease had ended: while
+        # nobody takes the ledger, that says nothing. One that lives comes here meanwhile, and has lost nothing.
+        return max(head.until, primary_since) + lag_us + pause, 0
     if head.node == me:
         # An owner of this process that is gone: nobody else needs to wait for it.
         return now, head.epoch
-    if head.lineage != lineage:
-        return head.until + lag_us + pause, 0
     if head.successor:
         return (now if head.successor == me else head.until + pause), 0
     if dead_since is not None and dead_since + pause < head.until:

@@ -58,6 +58,9 @@ class Target(NamedTuple):
     epoch: int
     node: str
     address: str
+    is_expected: bool = False
+    """It was named as the successor, and this epoch has perhaps not begun: that nobody listens there says nothing of an
+    owner."""
 
 
 class LinkOptions(msgspec.Struct, frozen=True):
@@ -97,7 +100,7 @@ class LinkUser(Protocol):
         ...
 
     def refused(self, target: Target) -> None:
-        """Nobody listens where this owner was."""
+        """Nobody listens where this owner was: tried since it is known to own the ledger."""
         ...
 
     def hinted(self, target: Target) -> None:
@@ -157,10 +160,13 @@ class Link:
         if target == self._target or self._closed:
             return
         at_home = self.ready and target is not None and target.epoch <= self.epoch
+        # What was expected has come true. One that is not connected yet begins again: a refusal counts from now on.
+        before = self._target
+        is_there = self._wire is not None and before is not None and target == before._replace(is_expected=False)
         self._target = target
         if target is not None:
             self._least = max(self._least, target.epoch)
-        if at_home:
+        if at_home or is_there:
             return
         # Another owner is no sign that this one has died of anything: only a broken line is.
         self._leave(Lost.MOVED)
@@ -318,7 +324,7 @@ class Link:
         try:
             wire = await self._connect(target)
         except PeerRefused:
-            if self._target == target:
+            if self._target == target and not target.is_expected:
                 self._user.refused(target)
             return False
         except PeerUnreachable:
@@ -414,7 +420,7 @@ class Link:
     def _follow(self, frame: NotOwner | Drain) -> None:
         """Go to the successor, which may not own the ledger yet: it holds our hello back until it does."""
         if frame.address:
-            self.aim(Target(self.epoch + 1, frame.node, frame.address))
+            self.aim(Target(self.epoch + 1, frame.node, frame.address, is_expected=True))
 
     def _welcomed(self, frame: Welcome) -> None:
         if frame.epoch < self._least:
