@@ -6,9 +6,11 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from paceline.engine.accounting import Estimate, Profile, Usage
+from paceline.engine.accounting import Estimate, Profile, Sizes, Usage
+from paceline.engine.bucket import Bucket
 from paceline.engine.dimensions import Dimension, Limit, Window
 from paceline.engine.operations import NO_PRICES
+from paceline.engine.recipe import Recipe
 from paceline.providers import AccountSetup, Catalogue, PoolSetup, Resolved, Target, Unknown
 from paceline.providers.catalogue import packaged, problems
 from paceline.providers.headers import FAMILIES
@@ -129,14 +131,28 @@ ESTIMATE = Estimate(input_tokens=200, cached_input_tokens=900, output_tokens=60,
             Target(model="claude-haiku-3-5"),
             {"requests": (1, 1), "input_tokens": (1_100, 1_110), "output_tokens": (60, 50)},
         ),
-        (Target(provider="openai", model="gpt-5"), {"requests": (1, 1), "tokens": (1_600, 1_600)}),
+        (Target(provider="openai", model="gpt-5"), {"requests": (1, 1), "tokens": (1_100, 1_100)}),
         (
             Target(provider="bedrock-runtime", model="us.anthropic.claude-opus-4-5-20251101-v1:0"),
-            {"requests": (1, 1), "tokens": (700, 360)},
+            {"tokens": (700, 360)},
         ),
         (
             Target(provider="bedrock-runtime", model="meta.llama4"),
-            {"requests": (1, 1), "tokens": (700, 160)},
+            {"tokens": (700, 160)},
+        ),
+        (
+            Target(provider="bedrock-runtime", model="us.anthropic.claude-3-5-sonnet-20241022-v2:0"),
+            {"tokens": (700, 160)},
+        ),
+        (
+            Target(provider="bedrock-runtime", model="anthropic.claude-3-7-sonnet-20250219-v1:0"),
+            {"tokens": (700, 360)},
+        ),
+        (Target(provider="azure-openai", model="chat"), {"requests": (1, 1), "tokens": (1_600, 1_600)}),
+        (Target(provider="gemini", model="g"), {"requests": (1, 1), "input_tokens": (1_100, 1_110)}),
+        (
+            Target(provider="vertex", model="claude-opus-5@20260724"),
+            {"requests": (1, 1), "input_tokens": (200, 110), "output_tokens": (60, 50)},
         ),
         (Target(provider="bedrock-mantle", model="m"), {"input_tokens": (700, 110), "output_tokens": (60, 50)}),
         (
@@ -148,6 +164,25 @@ ESTIMATE = Estimate(input_tokens=200, cached_input_tokens=900, output_tokens=60,
 )
 def test_profiles_charge_as_the_providers_do(target: Target, expected: dict[str, tuple[int, int]]) -> None:
     assert charges(Catalogue().resolve(target).definition.profile, ESTIMATE, USAGE) == expected
+
+
+SIZES = st.builds(Sizes, *[st.integers(0, 10**9)] * 5)
+
+
+@given(st.sampled_from(sorted(packaged().profiles)), SIZES)
+def test_a_recipe_holds_what_the_rules_of_its_profile_say(name: str, sizes: Sizes) -> None:
+    profile = packaged().profiles[name].profile(name)
+    buckets = [Bucket("p", "", rule.dimension, Window.MINUTE, 1_000, 1_000, 0) for rule in profile.rules]
+    buckets.append(Bucket("", "", Dimension.SPEND, Window.MONTH, 0, 0, 0))
+    recipe = Recipe(profile, tuple(range(len(buckets))), buckets)
+    assert recipe.holds(sizes, NO_PRICES)[:-1] == tuple(rule.hold(sizes) for rule in profile.rules)
+
+
+@pytest.mark.parametrize(("input_tokens", "most", "held"), [(100, 500, 500), (900, 500, 900), (0, 0, 0)])
+def test_openai_charges_the_larger_of_cap_and_estimate(input_tokens: int, most: int, held: int) -> None:
+    profile = resolved(provider="openai", model="gpt-5").definition.profile
+    estimate = Estimate(input_tokens=input_tokens, output_tokens=0, max_output_tokens=most)
+    assert charges(profile, estimate, Usage(output_tokens=most))["tokens"] == (held, held)
 
 
 def test_a_batch_is_one_request_that_queues_many() -> None:
@@ -181,6 +216,11 @@ def test_a_service_tier_with_its_own_quota() -> None:
     assert fast.pool == "anthropic/default/opus-5;service_tier=fast"
     assert fast.header_family == "anthropic-fast"
     assert amounts(fast)["input_tokens"] == 30_000  # the tier's limits are not those of fast mode
+    priority = resolved(catalogue, model="claude-opus-5", service_tier="priority")
+    assert priority.pool == "anthropic/default/opus-5;service_tier=priority"
+    assert priority.header_family == "anthropic-priority"
+    for name in ("standard_only", "auto"):
+        assert resolved(catalogue, model="claude-opus-5", service_tier=name).header_family == "anthropic"
     standard = resolved(catalogue, model="claude-opus-5", service_tier="standard_only")
     assert standard.pool == "anthropic/default/opus-5"
 

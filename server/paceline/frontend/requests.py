@@ -79,6 +79,7 @@ class Reader(Protocol):
         age_us: int = 0,
         *,
         error_code: str = "",
+        error_details: bytes = b"",
     ) -> Observation | None: ...
 
 
@@ -510,12 +511,16 @@ class Requests:
         retry: int | None = None
         if error.HasField("retry_after"):
             retry = duration_us(error.retry_after, path + ".error.retry_after", MAX_RETRY_AFTER_US, cut=True)
-        told = error.message
-        if error.details:
-            # Limits and delays often stand only there.
-            told = f"{told} {error.details.decode('utf-8', 'replace')}"
         return self._read(
-            self._places.family(pool), headers, status, error.type, told, retry, age, error_code=error.code
+            self._places.family(pool),
+            headers,
+            status,
+            error.type,
+            error.message,
+            retry,
+            age,
+            error_code=error.code,
+            error_details=error.details,
         )
 
 

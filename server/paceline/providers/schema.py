@@ -162,6 +162,8 @@ class HoldSpec(Strict):
     output: Weight = 0
     max_output: Weight = 0
     """The cap sent upstream (`max_tokens`)."""
+    larger: StrictBool = False
+    """Of the input's part and the output's only the larger is charged, not their sum."""
 
 
 class SettleSpec(Strict):
@@ -197,6 +199,7 @@ class ChargeSpec(Strict):
             settle_cache_write=settle.cache_write,
             settle_output=settle.output,
             settle_as_held=self.settle == "held",
+            hold_larger=self.hold.larger,
         )
 
 

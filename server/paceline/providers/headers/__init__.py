@@ -1,7 +1,8 @@
-"""Response headers, read into observations of the limits.
+"""Response headers and error bodies, read into observations of the limits.
 
 Each header family is parsed by a module of this package that has a tuple ``FAMILIES``; adding such a module
-is all it takes to add a family.
+is all it takes to add a family. All share ``values`` (single figures), ``fault`` (an error as one whole), ``refusals``
+(why a call was refused), ``told`` (figures in messages) and ``observing``, which puts them together.
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ ALLOWED_HEADERS: frozenset[str] = frozenset().union(*(family.wanted for family i
 """The only header names that are asked for and kept, in lower case. None of them carries a secret."""
 
 IGNORED: Counter[str] = Counter()
-"""How often a value was malformed or absurd, by header name (or ``error.retry_after``)."""
+"""How often a value was malformed or absurd, by header name (or ``error.retry_after``, ``error.details``)."""
 
 
 def parse(
@@ -38,12 +39,14 @@ def parse(
     age_us: int = 0,
     *,
     error_code: str = "",
+    error_details: bytes = b"",
     ignored: Counter[str] = IGNORED,
 ) -> Observation | None:
     """What a response said of the limits; ``None`` if nothing. Never raises: nonsense is counted, not used.
 
     ``headers`` are names in any case with their values; of one that repeats, the first counts. An unknown
-    family is read for its refusals only. ``ignored`` counts what was not used, by header name.
+    family is read for its refusals only. ``error_details`` is the body of the error, or the part of it with details: of
+    more than 4 KiB nothing is read but text. ``ignored`` counts what was not used, by header name.
     """
     known = FAMILIES.get(family, FAMILIES["retry-after"])
     wanted = known.wanted
@@ -52,7 +55,9 @@ def parse(
         lower = name if name in wanted else name.lower()
         if lower in wanted and first.setdefault(lower, value) != value:
             ignored[lower] += 1
-    response = Response(first, http_status, error_type, error_code, error_message, error_retry_after_us, age_us)
+    response = Response(
+        first, http_status, error_type, error_code, error_message, error_retry_after_us, age_us, error_details
+    )
     return known.parse(response, ignored)
 
 

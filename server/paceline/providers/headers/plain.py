@@ -5,11 +5,12 @@ from __future__ import annotations
 from collections import Counter
 
 from paceline.engine.operations import Observation
-from paceline.providers.headers.family import Family, Response, observation
+from paceline.providers.headers.family import COMMON, Family, Response
+from paceline.providers.headers.observing import observation
 
 
 def _parse(response: Response, ignored: Counter[str]) -> Observation | None:
     return observation(response, (), ignored)
 
 
-FAMILIES = (Family(name="retry-after", wanted=frozenset({"date", "retry-after", "retry-after-ms"}), parse=_parse),)
+FAMILIES = (Family(name="retry-after", wanted=COMMON, parse=_parse),)
