@@ -16,7 +16,7 @@ from msgspec import structs
 from paceline.engine import adoption
 from paceline.engine import events as ev
 from paceline.engine.accounting import Estimate, Profile, Rule, Usage, UsageKind
-from paceline.engine.answers import Answer, Committed, Denied, Done, Granted, Invalid, Reason, Released
+from paceline.engine.answers import Answer, Committed, Denied, Done, Granted, Invalid, Reason, Released, Renewed
 from paceline.engine.bucket import EndKind
 from paceline.engine.dimensions import Dimension, Limit, Window
 from paceline.engine.engine import Engine, Step
@@ -332,6 +332,32 @@ def test_a_reserve_that_waits_here_gets_the_grant_it_had() -> None:
         assert answer.keys == ((key,) if count == 1 else child_keys(key, 2))
         assert answer.context.granted_at == START_US
         assert len(lives.winner.waiters()) == 0
+
+
+def test_a_grant_that_was_lost_is_renewed_and_settled_although_its_reserve_waits_here() -> None:
+    """Its caller knows the grant before anybody has told of it; a copy of its Reserve was sent here from elsewhere."""
+    full = Reserve("full", (Candidate("p", estimate=Estimate(input_tokens=600)),))
+    again = Reserve("a", CALL, max_wait_us=60 * SECOND)
+    lives = Lives()
+    step = lives.loser.step(lives.now, [(0, again)])
+    lives.lost += step.events
+    ((_, granted),) = step.answers
+    assert isinstance(granted, Granted)
+    assert lives.win(full, again)[1:] == [], "does not wait"
+    (refused,) = lives.win(Commit("a", _used(70)))
+    assert isinstance(refused, Invalid), "without a context nobody knows of a grant"
+    (renewed,) = lives.win(Renew("a", granted.context))
+    assert isinstance(renewed, Renewed)
+    assert renewed.late
+    committed, told = lives.win(Commit("a", _used(70), granted.context))
+    assert isinstance(told, Granted)
+    assert isinstance(committed, Committed)
+    assert committed.late
+    assert told.context.granted_at == granted.context.granted_at
+    assert len(lives.winner.waiters()) == 0
+    assert lives.figures(Dimension.INPUT_TOKENS)[1] == 670
+    lives.win(*lives.told())
+    assert lives.figures(Dimension.INPUT_TOKENS)[1] == 670
 
 
 def test_a_bulk_request_is_known_by_its_own_key() -> None:

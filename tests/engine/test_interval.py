@@ -321,7 +321,7 @@ class History:
         name = f"{bucket.dimension.name} at {self.now - START}"
         assert low is None or low * MINUTE <= most, f"{name}: {most / MINUTE} below [{low}, {high}]"
         assert high is None or least < (high + 1) * MINUTE, f"{name}: {least / MINUTE} above [{low}, {high}]"
-        level = bucket.level + bucket.refill(self.now)[0]
+        level = bucket.level + bucket.refill(self.now)[0] + bucket.foreseen
         assert low is None or level >= low - 1, f"{name}: level {level} left [{low}, {high}]"
         assert high is None or not clamped or level <= high + 1, f"{name}: level {level} left [{low}, {high}]"
 

@@ -415,16 +415,16 @@ def the_age_of_a_reading_is_taken_for_the_most(patch: Patch) -> None:
 
 @mutant(INTERVAL)
 def rounding_is_ignored(patch: Patch) -> None:
-    def bounds(original: Any, reading: op.Reading) -> Any:
-        return original(replace(reading, rounding=0))
+    def bounds(original: Any, bucket: Bucket, reading: op.Reading) -> Any:
+        return original(bucket, replace(reading, rounding=0))
 
     wrapped(patch, reconcile, "bounds_of_remaining", bounds)
 
 
 @mutant(INTERVAL)
 def nothing_remaining_is_taken_for_no_debt(patch: Patch) -> None:
-    def bounds(original: Any, reading: op.Reading) -> Any:
-        low, high = original(reading)
+    def bounds(original: Any, bucket: Bucket, reading: op.Reading) -> Any:
+        low, high = original(bucket, reading)
         return 0 if reading.remaining == 0 else low, high
 
     wrapped(patch, reconcile, "bounds_of_remaining", bounds)

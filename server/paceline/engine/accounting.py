@@ -62,7 +62,8 @@ class Usage(msgspec.Struct, frozen=True, array_like=True, gc=False):
 class Rule(msgspec.Struct, frozen=True, array_like=True, gc=False):
     """How one dimension is charged. Weights in thousandths; absent quantities weigh nothing.
 
-    ``settle_as_held`` says that the upstream never corrects the first charge (OpenAI's token limit).
+    ``settle_as_held`` says that the upstream never corrects the first charge (OpenAI's token limit), ``hold_larger``
+    that it first charges the larger of input and output, not both.
     """
 
     dimension: Dimension
@@ -77,16 +78,14 @@ class Rule(msgspec.Struct, frozen=True, array_like=True, gc=False):
     settle_cache_write: int = 0
     settle_output: int = 0
     settle_as_held: bool = False
+    hold_larger: bool = False
 
     def hold(self, sizes: Sizes) -> int:
         """The charge when the call starts."""
-        return _thousandths(
-            self.hold_requests * sizes.requests
-            + self.hold_input * sizes.input_tokens
-            + self.hold_cached * sizes.cached_input_tokens
-            + self.hold_output * sizes.output_tokens
-            + self.hold_max_output * sizes.max_output_tokens
-        )
+        coming = self.hold_input * sizes.input_tokens + self.hold_cached * sizes.cached_input_tokens
+        going = self.hold_output * sizes.output_tokens + self.hold_max_output * sizes.max_output_tokens
+        tokens = max(coming, going) if self.hold_larger else coming + going
+        return _thousandths(self.hold_requests * sizes.requests + tokens)
 
     def settle(self, usage: Usage, held: int) -> int:
         """The charge that stands when the call has ended with ``usage``, having held ``held``."""

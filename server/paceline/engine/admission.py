@@ -1,4 +1,4 @@
-"""Whether a call fits. The seam of the admission rule: today plain holds against today's levels."""
+"""Whether a call fits: holds against levels, and of output that is still to come, over horizons."""
 
 from __future__ import annotations
 
@@ -7,8 +7,9 @@ from collections.abc import Sequence
 import msgspec
 
 from paceline.engine.answers import Reason
-from paceline.engine.bucket import Bucket
+from paceline.engine.books import Books
 from paceline.engine.dimensions import Dimension, Window
+from paceline.engine.queue import Option
 
 
 class Verdict(msgspec.Struct, frozen=True, gc=False):
@@ -34,52 +35,72 @@ class Verdict(msgspec.Struct, frozen=True, gc=False):
 NOW = Verdict(0, 0, Reason.LIMIT, None)
 
 
-def fits(buckets: Sequence[Bucket], numbers: tuple[int, ...], holds: tuple[int, ...], now: int) -> bool:
-    """Whether every hold is covered by its level at ``now``. Changes nothing.
+def fits(books: Books, option: Option) -> bool:
+    """Whether every hold of one call is covered by its level. Changes nothing.
 
     A dimension that the call does not use cannot refuse it, whatever its debt.
     """
-    for number, hold in zip(numbers, holds, strict=True):
+    buckets, demands = books.state.buckets, books.outlook.demands
+    for number, hold in zip(option.buckets, option.holds, strict=True):
+        if not hold:
+            continue
         bucket = buckets[number]
-        need = bucket.need(hold) if hold else bucket.level
-        if bucket.level < need and (bucket.at >= now or bucket.level + bucket.refill(now)[0] < need):
+        easy = number not in demands and bucket.level >= bucket.need(hold, 1, option.margin)
+        if not easy and missing(books, number, option, hold, 1) > 0:
             return False
     return True
 
 
-def room(buckets: Sequence[Bucket], numbers: tuple[int, ...], holds: tuple[int, ...], now: int) -> int | None:
-    """How many such calls fit at ``now``; ``None``: any number."""
-    most: int | None = None
-    for number, hold in zip(numbers, holds, strict=True):
-        if hold:
-            bucket = buckets[number]
-            level = bucket.level + bucket.refill(now)[0]
-            free = level if level >= bucket.burst else level - bucket.margin(hold)
-            count = max(0, free) // hold or int(level >= bucket.need(hold))
-            most = count if most is None else min(most, count)
+def missing(books: Books, number: int, option: Option, hold: int, count: int) -> int:
+    """What ``count`` calls that hold ``hold`` each are short of in a bucket; not above zero: they fit."""
+    bucket, now = books.state.buckets[number], books.now
+    level = bucket.level + bucket.refill(now)[0]
+    need = bucket.need(hold, count, option.margin)
+    return need - books.outlook.level(number, bucket, level, need, option.kind, hold, count, now)
+
+
+def room(books: Books, option: Option, most: int) -> int:
+    """How many such calls fit, ``most`` at most."""
+    for number, hold in zip(option.buckets, option.holds, strict=True):
+        if not hold or not most:
+            continue
+        bucket = books.state.buckets[number]
+        if books.outlook.watches(number, bucket):
+            # Of what is charged as it is produced more may fit than is left net of all holds.
+            fewer = 0
+            while fewer < most and missing(books, number, option, hold, fewer + 1) <= 0:
+                fewer += 1
+            most = fewer
+            continue
+        level = bucket.level + bucket.refill(books.now)[0]
+        free = level if level >= bucket.burst else level - bucket.margin(hold, option.margin)
+        count = max(0, free) // hold or int(level >= bucket.need(hold, 1, option.margin))
+        most = min(most, count)
     return most
 
 
-def judge(bucket: Bucket, hold: int, count: int, ahead: int, now: int) -> Verdict:
+def judge(books: Books, number: int, option: Option, hold: int, count: int, ahead: int) -> Verdict:
     """The verdict of one bucket on ``count`` calls that hold ``hold`` each, with ``ahead`` wanted by those before."""
+    bucket, now = books.state.buckets[number], books.now
     dimension = bucket.dimension
     if not hold:
         return NOW
-    need = bucket.need(hold, count)
+    need = bucket.need(hold, count, option.margin)
     if need > bucket.burst or not bucket.burst:
         # A month's budget that is too small will be larger for nobody this month; a zero limit is a closed pool.
         reason = Reason.SPEND_CAP if dimension is Dimension.SPEND else Reason.TOO_LARGE
         return Verdict(None, 0, Reason.POOL_CLOSED if not bucket.burst else reason, dimension, final=True)
     refilled, carry = bucket.refill(now)
-    missing = bucket.level + refilled - ahead - need
-    if missing >= 0:
+    level = bucket.level + refilled
+    left = books.outlook.level(number, bucket, level, need + ahead, option.kind, hold, count, now) - ahead - need
+    if left >= 0:
         return NOW
     # What open calls hold may come back: of money, of gauges, and of output, which is held as estimated. Requests and
     # input are charged as they are held, near enough.
-    wait = bucket.wait_us(missing, carry, now)
+    wait = bucket.wait_us(left, carry, now)
     hope = wait
     if bucket.window in (Window.NONE, Window.MONTH) or dimension is Dimension.OUTPUT_TOKENS:
-        optimistic = missing + bucket.held + ahead
+        optimistic = level - need + bucket.held
         hope = bucket.wait_us(optimistic, carry, now) if optimistic < 0 else 0
     reason = Reason.SPEND_CAP if dimension is Dimension.SPEND else Reason.LIMIT
     if hope is None:

@@ -13,11 +13,14 @@ from paceline.engine import events as ev
 from paceline.engine import operations as op
 from paceline.engine.bucket import Bucket
 from paceline.engine.dimensions import UNLIMITED, Dimension, Limit, Window
+from paceline.engine.outlook import Outlook
 from paceline.engine.recipe import Recipe
 from paceline.engine.state import State
 from paceline.engine.trail import Trail
 
 MAX_PLANS = 16_384
+FORESEEN_PART = 256
+"""What is foreseen is noted in steps of such a part of the burst."""
 FULL = 1_000
 """A full bucket, in thousandths."""
 
@@ -58,6 +61,7 @@ class Books:
         self._recipes: dict[tuple[str, tuple[int, ...]], Recipe] = {}
         self._touched: dict[tuple[int, ...], an.Touched] = {}
         self._trails: dict[int, Trail | None] = {}
+        self.outlook = Outlook(state)
 
     def begin(self, now: int) -> None:
         """Start a step at ``now``; time never goes back."""
@@ -71,8 +75,18 @@ class Books:
             clocked = ev.Clocked(self.now)
             self.state.apply(clocked)
             self.events.append(clocked)
-        self.state.apply(event)
+        if self.outlook.demands:
+            self._apply_watched(event)
+        else:
+            self.state.apply(event)
         self.events.append(event)
+
+    def _apply_watched(self, event: ev.Event) -> None:
+        if isinstance(event, ev.Settled | ev.Released | ev.Expired):
+            self.outlook.ends(event.key, self.now)
+        self.state.apply(event)
+        if isinstance(event, ev.Granted):
+            self.outlook.opened(event.key, self.now)
 
     def advance(self, number: int) -> Bucket:
         """Bring a bucket to the present before it changes."""
@@ -81,13 +95,34 @@ class Books:
             refilled, carry = bucket.refill(self.now)
             trail = self.trail(number)
             if trail is not None:
-                trail.note(bucket.at, bucket.level - bucket.adjusted)
-                trail.note(self.now, bucket.level + refilled - bucket.adjusted)
+                shift = self.unproduced(number, bucket) - bucket.corrected
+                trail.note(bucket.at, bucket.level + shift)
+                trail.note(self.now, bucket.level + refilled + shift)
             self.emit(ev.Advanced(number, refilled, carry, bucket.lost(self.now, refilled)))
+            if number in self.outlook.demands or bucket.foreseen:
+                self._foresee(number, bucket)
         return bucket
+
+    def _foresee(self, number: int, bucket: Bucket) -> None:
+        """Take what open calls have produced beyond their holds off the level, so that it refills like upstream's."""
+        ahead = max(0, self.outlook.demand(number, self.now).produced(self.now) - bucket.held)
+        ahead = min(ahead, max(0, bucket.foreseen + bucket.level) + bucket.burst)
+        back = ahead < bucket.foreseen and bucket.level + bucket.foreseen - ahead > bucket.burst
+        if back:
+            ahead = min(bucket.foreseen, bucket.level + bucket.foreseen - bucket.burst)
+        if abs(ahead - bucket.foreseen) * FORESEEN_PART > bucket.burst or (bucket.foreseen and not ahead):
+            self.emit(ev.Foreseen(number, ahead))
+
+    def unproduced(self, number: int, bucket: Bucket) -> int:
+        """What our level is below the upstream's, because that counts output as it is produced; zero for others."""
+        demand = self.outlook.demands.get(number)
+        return 0 if demand is None else bucket.held + bucket.foreseen - demand.produced(self.now)
 
     def trail(self, number: int) -> Trail | None:
         """Where the level of a bucket was; ``None`` for those of which no reading can be compared with it.
+
+        Of output it is kept as long as what is still to come is looked at: else nothing says what the upstream has
+        counted of it.
 
         Soft: it begins anew with every process, and from the first call, since readings are of calls that began before.
         """
@@ -95,8 +130,9 @@ class Books:
             return self._trails[number]
         except KeyError:
             bucket = self.state.buckets[number]
-            compared = bucket.is_read and bucket.dimension is not Dimension.OUTPUT_TOKENS
-            learns = compared and self.state.pools[bucket.pool].learn
+            if bucket.dimension is Dimension.OUTPUT_TOKENS and number not in self.outlook.demands:
+                return None
+            learns = bucket.is_read and self.state.pools[bucket.pool].learn
             trail = self._trails[number] = Trail() if learns else None
             return trail
 

@@ -122,8 +122,14 @@ class Bucket(msgspec.Struct, array_like=True):
     """When a reading last confirmed a learned limit."""
     losses: Losses = msgspec.field(default_factory=Losses)
     """Refill that did not count."""
+    foreseen: int = 0
+    """What its open calls seem to have produced beyond what they hold: taken off the level, as an adjustment."""
     outside: int = 0
-    """What others seem to use of it, per minute."""
+    """What others seem to use of it, per minute: less than the amount."""
+    outside_at: int = 0
+    """When that was last confirmed."""
+    pending_at: int = 0
+    """When the limit that is pending was claimed."""
 
     @property
     def is_read(self) -> bool:
@@ -142,7 +148,7 @@ class Bucket(msgspec.Struct, array_like=True):
         room = self.burst - self.level
         if room <= 0:
             return 0, 0
-        refilled, carry = divmod(self.carry + self.amount * (now - self.at), window)
+        refilled, carry = divmod(self.carry + (self.amount - self.outside) * (now - self.at), window)
         return (refilled, carry) if refilled < room else (room, 0)
 
     def lost(self, now: int, refilled: int) -> int:
@@ -150,13 +156,13 @@ class Bucket(msgspec.Struct, array_like=True):
         window = WINDOW_US.get(self.window)
         if window is None or self.level + refilled < self.burst or self.amount >= UNLIMITED:
             return 0
-        return (self.carry + self.amount * (now - self.at)) // window - refilled
+        return (self.carry + (self.amount - self.outside) * (now - self.at)) // window - refilled
 
     def advance(self, now: int, refilled: int, carry: int, lost: int = 0) -> None:
         """Move to ``now``, by the results of :meth:`refill` and :meth:`lost`."""
         if lost:
             # At its rim a bucket loses as fast as it refills: so long ago it became full.
-            full = min(now - self.at, lost * WINDOW_US[self.window] // self.amount)
+            full = min(now - self.at, lost * WINDOW_US[self.window] // (self.amount - self.outside))
             self.losses.add(now - full, now, lost)
         self.at = now
         self.level += refilled
@@ -172,11 +178,12 @@ class Bucket(msgspec.Struct, array_like=True):
         window = WINDOW_US.get(self.window)
         if window is None:
             return max(0, self.turns_at - now) if self.window is Window.MONTH else None
-        if self.amount <= 0:
+        rate = self.amount - self.outside
+        if rate <= 0:
             return None
-        return -((level * window + carry) // self.amount)
+        return -((level * window + carry) // rate)
 
-    def need(self, hold: int, count: int = 1) -> int:
+    def need(self, hold: int, count: int = 1, surprise: int = 0) -> int:
         """The level at which ``count`` calls that hold ``hold`` each may pass together.
 
         A guessed burst may be far below the real one; a lone call above it passes when the bucket is full, into debt,
@@ -185,9 +192,9 @@ class Bucket(msgspec.Struct, array_like=True):
         together = hold * count
         if together >= self.burst:
             return self.burst if self.guessed and count == 1 else together
-        return min(together + self.margin(hold), self.burst)
+        return min(together + self.margin(hold, surprise), self.burst)
 
-    def margin(self, hold: int) -> int:
+    def margin(self, hold: int, surprise: int = 0) -> int:
         """What must be left beside ``hold``: the upstream lets a call in by an estimate of its own.
 
         Only under a reading: without one, more would be pretended to be known of the level than is. It delays a call by
@@ -196,7 +203,7 @@ class Bucket(msgspec.Struct, array_like=True):
         if self.constraint is None or self.dimension not in ESTIMATED:
             return 0
         seen = min(self.amount * MARGIN_US // WINDOW_US.get(self.window, MARGIN_US), self.burst // 16)
-        return (self.constraint.rounding + 1) // 2 + hold // MARGIN_PART + seen
+        return (self.constraint.rounding + 1) // 2 + max(hold // MARGIN_PART, surprise) + seen
 
     # -- amounts ------------------------------------------------------------------------------------------------
 
@@ -301,6 +308,21 @@ class Bucket(msgspec.Struct, array_like=True):
         if self.burst - self.level <= self.held + self.refundable:
             self._remember(ordinal)
         self.level -= amount
+
+    def adjust(self, newest: int, amount: int) -> None:
+        """Move the level by what is known otherwise; nothing was granted after ordinal ``newest``."""
+        self.adjusted += amount
+        if amount < 0:
+            self.lower(newest + 1, -amount)
+        else:
+            self.level += amount
+            if self.level >= self.burst:
+                self.carry = 0
+
+    @property
+    def corrected(self) -> int:
+        """What readings have corrected, in all."""
+        return self.adjusted + self.foreseen
 
     def credit(self, since: int, amount: int) -> int:
         """How much of a refund of ``amount``, for a hold granted at ordinal ``since``, may raise the level."""

@@ -11,6 +11,7 @@ from paceline.engine.answers import Answer
 from paceline.engine.books import FULL, Books
 from paceline.engine.bucket import Bucket
 from paceline.engine.dimensions import UNLIMITED, WINDOW_US, Dimension, Limit, Window
+from paceline.engine.pressure import Pressure
 
 
 class Definitions:
@@ -123,6 +124,10 @@ class Definitions:
             self._books.emit(ev.PoolPaused(operation.pool, operation.paused))
         if not operation.paused and pool.blocked_until > self._state.at:
             self._books.emit(ev.PoolBlocked(operation.pool, 0, False))
+        held = pool.pressure
+        if not operation.paused and held is not None and (held.overload is not None or held.crowd is not None):
+            # The operator knows better. A ramp goes on climbing.
+            self._books.emit(ev.Pressed(operation.pool, Pressure(ramps=held.ramps) if held.ramps else None))
         return an.Done()
 
     def _set(self, scope: str, share: str, limit: Limit, fill: int, *, guessed: bool = False) -> None:

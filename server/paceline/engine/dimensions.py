@@ -40,6 +40,9 @@ class Window(IntEnum):
 WINDOW_US = {Window.MINUTE: MINUTE_US, Window.DAY: DAY_US}
 """Length of the windows that refill continuously, in microseconds."""
 
+BUDGETS = frozenset({Window.DAY, Window.MONTH})
+"""Windows of limits that are used up slowly, and for which nobody waits."""
+
 GAUGES = frozenset({Dimension.CONCURRENCY, Dimension.QUEUED_REQUESTS})
 
 

@@ -6,7 +6,8 @@ once; nothing else ever changes the books, and an event carries results, so repl
 Where to find what: Reserve, waiting and granting in :mod:`~paceline.engine.reserving`; Commit, Release, Renew and
 expiry in :mod:`~paceline.engine.settling`; taking over in :mod:`~paceline.engine.absence` and
 :mod:`~paceline.engine.adoption`; readings of headers in :mod:`~paceline.engine.teaching`; pools, shares and
-limits in :mod:`~paceline.engine.definitions`; one dimension's arithmetic in :mod:`~paceline.engine.bucket`.
+limits in :mod:`~paceline.engine.definitions`; refusals that are not about budget in
+:mod:`~paceline.engine.pressing`; one dimension's arithmetic in :mod:`~paceline.engine.bucket`.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ from paceline.engine import events as ev
 from paceline.engine import operations as op
 from paceline.engine.absence import Absence, begin_after
 from paceline.engine.adoption import Adopting
-from paceline.engine.answers import Answer
+from paceline.engine.answers import Answer, Committed
 from paceline.engine.books import Books, Caps
 from paceline.engine.definitions import Definitions
 from paceline.engine.operations import Operation
@@ -85,11 +86,16 @@ class Engine:
             reserving.gather(books.now + absence.gather_us)
         reserving.begin(answers)
         settling.expire()
+        self._teacher.pressing.tick()
         for ticket, operation in operations:
             if isinstance(operation, op.Reserve):
                 reserving.reserve(ticket, operation)
             elif isinstance(operation, op.Commit):
-                answers.append((ticket, settling.commit(operation)))
+                answer = settling.commit(operation)
+                answers.append((ticket, answer))
+                if isinstance(answer, Committed) and not answer.stale:
+                    # Perhaps by the context of another owner's grant, while its Reserve was sent here too and waits.
+                    reserving.tell(operation.key)
             elif isinstance(operation, op.Renew):
                 answers.append((ticket, settling.renew(operation)))
             elif isinstance(operation, op.Release):

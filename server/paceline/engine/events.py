@@ -14,6 +14,7 @@ from paceline.engine.accounting import Prices, Profile, Sizes
 from paceline.engine.bucket import Constraint
 from paceline.engine.dimensions import Dimension, Limit, Window
 from paceline.engine.operations import Mode, Priority
+from paceline.engine.pressure import Pressure
 
 
 class Clocked(msgspec.Struct, frozen=True, array_like=True, tag="at", gc=False):
@@ -99,6 +100,9 @@ class Granted(msgspec.Struct, frozen=True, array_like=True, tag="grant", gc=Fals
     expires_at: int
     max_output_tokens: int | None = None
     """The cap that the caller asked for."""
+    asked_input: int = 0
+    asked_output: int = 0
+    """The caller's own estimates, in tokens. Zero: there was none."""
 
 
 class GrantedTogether(msgspec.Struct, frozen=True, array_like=True, tag="bulk", gc=False):
@@ -218,12 +222,33 @@ class LimitConfirmed(msgspec.Struct, frozen=True, array_like=True, tag="conf", g
     bucket: int
 
 
+class OutsideLearned(msgspec.Struct, frozen=True, array_like=True, tag="out", gc=False):
+    """Others seem to use so much of a limit, per minute."""
+
+    bucket: int
+    rate: int
+
+
+class Foreseen(msgspec.Struct, frozen=True, array_like=True, tag="ahead", gc=False):
+    """The open calls of a bucket have produced so much more than they hold, by their pace."""
+
+    bucket: int
+    amount: int
+
+
 class PoolBlocked(msgspec.Struct, frozen=True, array_like=True, tag="block", gc=False):
     """The upstream wants no call to the pool until ``until``; ``closed`` if for its spend cap."""
 
     pool: str
     until: int
     closed: bool
+
+
+class Pressed(msgspec.Struct, frozen=True, array_like=True, tag="press", gc=False):
+    """What is in force in a pool since a refusal that was not about budget (``None``: nothing any more)."""
+
+    pool: str
+    pressure: Pressure | None
 
 
 class PoolPaused(msgspec.Struct, frozen=True, array_like=True, tag="pause", gc=False):
@@ -261,10 +286,13 @@ Event = (
     | Corrected
     | ReadingKept
     | LimitConfirmed
+    | OutsideLearned
+    | Foreseen
     | PoolBlocked
     | PoolPaused
     | ModeSet
     | Withheld
+    | Pressed
 )
 
 _encoder = msgspec.msgpack.Encoder()

@@ -16,6 +16,7 @@ from typing import Final
 
 from paceline.engine.answers import Reason, Would
 from paceline.engine.bucket import Bucket
+from paceline.engine.demand import Demand
 from paceline.engine.dimensions import Dimension
 from paceline.engine.operations import Disposition, Mode, Outcome, Refusal
 from paceline.engine.shadow import Shadow
@@ -107,12 +108,14 @@ class Hindsight:
         # Not a dict: the first of one is looked for anew each time, past all that were taken out.
         self._decisions: OrderedDict[str, _Decision] = OrderedDict()
         self.shadow = Shadow()
+        self.demand = Demand()
 
     def begin(self, buckets: Sequence[Bucket], now: int) -> None:
         """Start a step."""
         if self.since is None:
             self.since = now
         self.shadow.begin(buckets, now)
+        self.demand.begin(buckets, now)
 
     def rows(self) -> Iterator[tuple[str, str | None, Mode | None, Row]]:
         """Pool, tenant (``None``: those beyond ``MAX_TENANTS``), mode (``None``: no decision known), counts."""
@@ -137,6 +140,7 @@ class Hindsight:
         would: Would | None,
     ) -> None:
         """Calls were granted. ``would`` of ``None``: enforced."""
+        self.demand.granted(pool, len(keys), numbers, holds, waited_us, would)
         if would is not None and would.reason is None:
             waited_us = max(waited_us, would.wait_us)
         count = len(keys)
@@ -159,6 +163,7 @@ class Hindsight:
 
     def denied(self, pool: str, tenant: str, reason: Reason, binding: Dimension | None) -> None:
         """A Reserve was denied in earnest."""
+        self.demand.denied(pool, binding)
         row = self._row(pool, tenant, Mode.ENFORCE)
         row.decided[Fate.DENIED] += 1
         row.denials[reason, binding] += 1
@@ -178,6 +183,7 @@ class Hindsight:
         Of one that the books know: its charges and forfeits, in the order of its buckets, and if it was open, the
         numbers of its buckets and its holds.
         """
+        self.demand.settled(pool, outcome, held[0], charges)
         decision = self._decisions.pop(key, None)
         if decision is None:
             row = self._row(pool, tenant, None)
@@ -222,12 +228,15 @@ class Hindsight:
         return row
 
 
+_REFUSED = frozenset({Refusal.BUDGET, Refusal.SPEND, Refusal.RAMP, Refusal.CONCURRENCY, Refusal.NO_QUOTA})
+
+
 def _upstream(outcome: Outcome) -> Upstream:
     disposition = outcome.disposition
     refusal = None if outcome.observation is None else outcome.observation.refusal
     if disposition is Disposition.NOT_SENT:
         return Upstream.UNKNOWN
-    if refusal is Refusal.BUDGET or refusal is Refusal.SPEND:
+    if refusal in _REFUSED:
         return Upstream.REFUSED
     if refusal is Refusal.OVERLOAD:
         return Upstream.OVERLOADED

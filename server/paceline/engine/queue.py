@@ -15,6 +15,7 @@ import msgspec
 from paceline.engine.accounting import Sizes
 from paceline.engine.operations import Priority, Reserve
 from paceline.engine.recipe import Recipe
+from paceline.engine.sizes import Kind
 
 
 class Option(msgspec.Struct, eq=False, gc=False):
@@ -29,6 +30,10 @@ class Option(msgspec.Struct, eq=False, gc=False):
     recipe: Recipe
     count: int = 1
     """Calls that must fit together."""
+    kind: Kind = ("", "", "")
+    """Of what kind the call is, for what is learned of sizes."""
+    margin: int = 0
+    """What must be left beside the hold where the upstream lets a call in by an estimate of its own."""
     open: bool = True
     """Whether it may still serve its waiter."""
 

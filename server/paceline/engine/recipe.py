@@ -43,7 +43,7 @@ class Recipe:
     Buckets of money come last (see :meth:`paceline.engine.books.Books.plan`).
     """
 
-    __slots__ = ("_counted", "_holds", "_kept", "_overs", "_settles", "_spends", "numbers", "own", "spend")
+    __slots__ = ("_counted", "_holds", "_kept", "_larger", "_overs", "_settles", "_spends", "numbers", "own", "spend")
 
     def __init__(self, profile: Profile, numbers: tuple[int, ...], buckets: Sequence[Bucket]) -> None:
         rules = {rule.dimension: rule for rule in profile.rules}
@@ -60,6 +60,8 @@ class Recipe:
             (rule.hold_requests, rule.hold_input, rule.hold_cached, rule.hold_output, rule.hold_max_output)
             for _, rule in laid_out
         )
+        self._larger = tuple((place, rule) for place, (_, rule) in enumerate(laid_out) if rule.hold_larger)
+        """Places whose hold is no sum."""
         self._settles = tuple(
             (
                 rule.settle_requests,
@@ -106,6 +108,8 @@ class Recipe:
             -(-(a * requests + b * uncached + c * cached + d * output + e * most) // WEIGHT_ONE)
             for a, b, c, d, e in self._holds
         ]
+        for place, rule in self._larger:
+            holds[place] = rule.hold(sizes)
         holds += [prices.expected_cost(sizes)] * self._spends
         return tuple(holds)
 

@@ -41,22 +41,26 @@ def interval(bucket: Bucket, constraint: Constraint, now: int) -> tuple[int | No
     high: int | None = None
     if constraint.low is not None:
         pending = bucket.held + constraint.ended - constraint.own
-        grown = constraint.low + bucket.amount * max(0, now - constraint.until) // window
+        # What others use has not grown there. The upper bound must hold also if that is an error.
+        grown = constraint.low + (bucket.amount - bucket.outside) * max(0, now - constraint.until) // window
         low = min(bucket.burst, grown) - pending
     if constraint.high is not None:
         beyond = bucket.over + constraint.ended_over
         grown = constraint.high - (-bucket.amount * max(0, now - constraint.since) // window)
-        high = min(bucket.burst, grown - constraint.after + beyond)
+        # What is foreseen is beyond the holds: a level net of holds alone may be so much above the burst.
+        high = min(bucket.burst + bucket.foreseen, grown - constraint.after + beyond)
     return low, high
 
 
 def correction(bucket: Bucket, constraint: Constraint, now: int) -> int:
     """What brings the level into the interval: zero inside it."""
     low, high = interval(bucket, constraint, now)
-    if high is not None and bucket.level > high:
-        return high - bucket.level
-    if low is not None and bucket.level < low and not bucket.override:
-        return low - bucket.level
+    # What is foreseen is no hold, and upstream has counted it.
+    level = bucket.level + bucket.foreseen
+    if high is not None and level > high:
+        return high - level
+    if low is not None and level < low and not bucket.override:
+        return low - level
     return 0
 
 
@@ -94,14 +98,24 @@ def hold_of(reservation: Reservation, number: int) -> int:
     return 0
 
 
-def bounds_of_remaining(reading: Reading) -> tuple[int | None, int | None]:
-    """Where upstream's level was, given the rounded ``remaining``. Zero may hide debt."""
-    remaining = reading.remaining
+def bounds_of_remaining(bucket: Bucket, reading: Reading) -> tuple[int | None, int | None]:
+    """Where upstream's level was, given the rounded ``remaining``. Zero may hide debt, which the reset tells of.
+
+    The time to a full bucket is longer than that of an empty one by what the debt takes; that presumes the burst, so it
+    counts only once a reading has told it.
+    """
+    remaining, window = reading.remaining, WINDOW_US.get(bucket.window)
     if remaining is None:
         return None, None
     half = (reading.rounding + 1) // 2
-    low = None if remaining == 0 else remaining - half
-    return low, remaining + half
+    if remaining:
+        return remaining - half, remaining + half
+    if reading.reset_us is None or bucket.constraint is None or window is None:
+        return None, half
+    low = bucket.burst - -(-bucket.amount * (reading.reset_us + reading.reset_error_us) // window)
+    high = bucket.burst - bucket.amount * max(0, reading.reset_us - reading.reset_error_us) // window
+    # Where the burst is not what was believed, an empty bucket stays an empty bucket.
+    return min(low, 0), min(half, max(high, low))
 
 
 def bounds_of_refusal(

@@ -12,13 +12,16 @@ from paceline.engine import admission
 from paceline.engine import answers as an
 from paceline.engine import events as ev
 from paceline.engine import operations as op
+from paceline.engine import pressure as pr
 from paceline.engine.admission import Verdict
 from paceline.engine.answers import Answer, Reason
 from paceline.engine.books import Books
 from paceline.engine.bucket import EndKind
+from paceline.engine.dimensions import BUDGETS, Dimension
 from paceline.engine.keys import child_keys
 from paceline.engine.operations import Mode, Priority
 from paceline.engine.queue import LaneKey, Option, Waiter, lane_of
+from paceline.engine.sizes import fill, surprise
 from paceline.engine.state import Ended
 from paceline.engine.stats import Stats
 from paceline.engine.teaching import Teacher
@@ -73,11 +76,15 @@ class Reserving:
             if numbers is None:
                 self._refuse(ticket, "tenant", f"the ledger has its most limits ({books.caps.buckets})", full=True)
                 return
-            sizes = pool.profile.fill(candidate.estimate)
+            kind = (candidate.pool, operation.tenant, operation.route)
+            sizes = fill(books.state.learned, pool.profile, kind, candidate.estimate)
             recipe = books.recipe(candidate.pool, numbers)
             holds = recipe.holds(sizes, candidate.prices)
             together = 1 if operation.partial else operation.count
-            option = Option(index, candidate.pool, candidate.shares, numbers, holds, sizes, recipe, together)
+            margin = surprise(books.state.learned, kind)
+            option = Option(
+                index, candidate.pool, candidate.shares, numbers, holds, sizes, recipe, together, kind, margin
+            )
             if self._fits_now(option, operation):
                 observed = self._is_observed(candidate.pool, operation)
                 if not observed and self._gathers(operation):
@@ -174,8 +181,10 @@ class Reserving:
         pool = self._books.state.pools[option.pool]
         if pool.paused or pool.blocked_until > self._books.now or not self._may_pass(option, operation.priority):
             return False
+        if pool.pressure is not None and self._pressed(option.pool, operation):
+            return False
         if operation.count == 1:
-            return admission.fits(self._books.state.buckets, option.buckets, option.holds, self._books.now)
+            return admission.fits(self._books, option)
         return self._count_that_fits(option, operation) > 0
 
     def _may_pass(self, option: Option, priority: Priority) -> bool:
@@ -199,16 +208,16 @@ class Reserving:
         """
         state, now = self._books.state, self._books.now
         operation = waiter.operation
-        if state.pools[options[0].pool].blocked_until > now:
+        pool = state.pools[options[0].pool]
+        if pool.blocked_until > now or (pool.pressure is not None and self._pressed(pool.name, operation)):
             return False
         count = 1 if operation.partial else operation.count
         short: set[int] = set()
         for option in options:
             stopped = _touches(option, claimed)
             for number, hold in zip(option.buckets, option.holds, strict=True):
-                bucket = state.buckets[number]
-                if hold and bucket.level + bucket.refill(now)[0] < bucket.need(hold, count):
-                    if bucket.share:
+                if hold and admission.missing(self._books, number, option, hold, count) > 0:
+                    if state.buckets[number].share:
                         stopped = True
                         short.add(number)
                     elif not stopped:
@@ -219,10 +228,32 @@ class Reserving:
         return True
 
     def _count_that_fits(self, option: Option, operation: op.Reserve) -> int:
-        room = admission.room(self._books.state.buckets, option.buckets, option.holds, self._books.now)
-        if room is None or room >= operation.count:
-            return operation.count
-        return room if operation.partial else 0
+        room = admission.room(self._books, option, operation.count)
+        held = self._books.state.pools[option.pool].pressure
+        if held is not None:
+            most = pr.room(held, len(self._books.state.open_in[option.pool]), self._books.now)
+            room = room if most is None else min(room, most)
+        return room if operation.partial or room >= operation.count else 0
+
+    def _pressed(self, name: str, operation: op.Reserve) -> bool:
+        """Whether the upstream is so pressed that the call may not pass, whatever is left of the limits."""
+        state = self._books.state
+        held = state.pools[name].pressure
+        room = None if held is None else pr.room(held, len(state.open_in[name]), self._books.now)
+        return room is not None and room < (1 if operation.partial else operation.count)
+
+    def _judge_pressure(self, name: str, count: int) -> Verdict | None:
+        """When ``count`` calls may pass a pressed upstream; any call that ends may make room before."""
+        state, now = self._books.state, self._books.now
+        held, flying = state.pools[name].pressure, len(state.open_in[name])
+        room = None if held is None else pr.room(held, flying, now)
+        if held is None or room is None or room >= count:
+            return None
+        wait = pr.room_at(held, flying, now, count) - now
+        if not pr.overloaded(held, flying, now, count):
+            return Verdict(wait, 0, Reason.LIMIT, Dimension.CONCURRENCY)
+        least = 0 if held.overload is None else max(0, held.overload.opens_at - now)
+        return Verdict(wait, min(wait, least), Reason.BLOCKED, None)
 
     def _judge(self, option: Option, operation: op.Reserve, *, hindsight: bool = False) -> Verdict:
         """When would this option have its turn, behind all that wait for its pool?
@@ -247,6 +278,9 @@ class Reserving:
                 if self._claims_of_shares(waiter, [head], claimed) and lane != (priority, option.shares):
                     aside.add(lane)
         verdicts = [Verdict(blocked, blocked, Reason.BLOCKED, None)] if blocked else []
+        pressed = None if pool.pressure is None else self._judge_pressure(option.pool, count)
+        if pressed is not None:
+            verdicts.append(pressed)
         for number, hold in zip(option.buckets, option.holds, strict=True):
             self._teacher.lapse(number, now)
             bucket = state.buckets[number]
@@ -254,7 +288,7 @@ class Reserving:
             ahead = 0 if line is None else line.wanted(number, priority, () if bucket.share else aside)
             if hindsight:
                 ahead -= self._hindsight.shadow.more(number)
-            verdicts.append(admission.judge(bucket, hold, count, ahead, now))
+            verdicts.append(admission.judge(self._books, number, option, hold, count, ahead))
         return admission.worst(verdicts)
 
     def _is_observed(self, pool: str, operation: op.Reserve) -> bool:
@@ -303,6 +337,8 @@ class Reserving:
                     option.index,
                     expires_at,
                     most,
+                    asked.estimate.input_tokens or 0,
+                    asked.estimate.output_tokens or 0,
                 )
             )
             self.granted.append((expires_at, key))
@@ -337,6 +373,10 @@ class Reserving:
     def _deny(self, ticket: int, reason: Reason, option: Option, operation: op.Reserve, verdict: Verdict) -> None:
         self._stats.denied(option.pool, reason)
         self._hindsight.denied(option.pool, operation.tenant, reason, verdict.binding)
+        for number, hold in zip(option.buckets, option.holds, strict=True):
+            bucket = self._books.state.buckets[number]
+            if bucket.window in BUDGETS and hold > bucket.level + bucket.refill(self._books.now)[0]:
+                self._stats.short[number] += 1
         retry = None if verdict.final else verdict.wait_us
         touched = self._books.touched(option.buckets)
         self.answers.append((ticket, an.Denied(reason, option.pool, verdict.binding, retry, touched)))
@@ -434,7 +474,9 @@ class Reserving:
                 self.waiting.leave(waiter)
                 left = True
             verdict = self._judge(waiter.options[0], waiter.operation)
-            self._deny(ticket, Reason.TIMEOUT, waiter.options[0], waiter.operation, verdict)
+            overloaded = verdict.reason is Reason.BLOCKED and self._pressed(waiter.options[0].pool, waiter.operation)
+            reason = Reason.BLOCKED if overloaded else Reason.TIMEOUT
+            self._deny(ticket, reason, waiter.options[0], waiter.operation, verdict)
         return left
 
     def wake_at(self) -> int | None:
@@ -443,8 +485,12 @@ class Reserving:
         times = [] if deadline is None else [deadline]
         if self._books.now < self._gather_until:
             return min([*times, self._gather_until]) if times else None
-        for line in self.waiting.lines.values():
+        for pool, line in self.waiting.lines.items():
             claimed: set[int] = set()
+            held = self._books.state.pools[pool].pressure
+            if held is not None:
+                # The limits that climb will be higher then.
+                times += [ramp.next_at for ramp in held.ramps]
             for waiter, head in line.heads():
                 if len(self._books.state.open) + waiter.operation.count > self._books.caps.open:
                     # Not a matter of time: the next call that ends brings a step of its own.
@@ -460,16 +506,18 @@ class Reserving:
         """When the levels will have risen enough; ``None``: no time can be said."""
         state, now = self._books.state, self._books.now
         count = 1 if waiter.operation.partial else waiter.operation.count
-        turn = state.pools[option.pool].blocked_until
+        pool = state.pools[option.pool]
+        turn = pool.blocked_until
+        if pool.pressure is not None and self._pressed(option.pool, waiter.operation):
+            turn = max(turn, pr.room_at(pool.pressure, len(state.open_in[option.pool]), now, count))
         for number, hold in zip(option.buckets, option.holds, strict=True):
-            bucket = state.buckets[number]
-            refilled, carry = bucket.refill(now)
-            missing = bucket.level + refilled - bucket.need(hold, count)
-            if hold and missing < 0:
-                wait = bucket.wait_us(missing, carry, now)
+            missing = admission.missing(self._books, number, option, hold, count) if hold else 0
+            if missing > 0:
+                bucket = state.buckets[number]
+                wait = bucket.wait_us(-missing, bucket.refill(now)[1], now)
                 if wait is None:
                     return None
-                turn = max(turn, now + wait)
+                turn = max(turn, now + max(wait, self._books.outlook.least_wait_us(number)))
         return turn
 
 

@@ -22,6 +22,7 @@ from paceline.engine.dimensions import Dimension, Window
 from paceline.engine.keys import child_keys
 from paceline.engine.operations import Disposition, Refusal
 from paceline.engine.reserving import Reserving
+from paceline.engine.sizes import fill
 from paceline.engine.state import Ended, Reservation
 from paceline.engine.stats import Stats
 from paceline.engine.teaching import FLIGHT_US, UNKNOWN_CALL, Call, Teacher
@@ -70,12 +71,12 @@ class Settling:
         reservation = state.open.get(operation.key)
         if reservation is not None:
             return self._commit_open(reservation, operation.outcome)
-        if operation.key in self._reserving.waiting:
+        context = operation.context
+        if context is None and operation.key in self._reserving.waiting:
             return an.Invalid("reservation_id", "still waits: there is no grant to commit; release it instead")
         ended = state.ended.get(operation.key)
-        if ended is not None and (ended.granted_at is not None or operation.context is None):
+        if ended is not None and (ended.granted_at is not None or context is None):
             return self._commit_ended(operation, ended)
-        context = operation.context
         if context is None:
             return an.Invalid("context", "is needed, because the reservation is not known here")
         if context.count > 1 and context.key == operation.key:
@@ -106,6 +107,8 @@ class Settling:
                 Call(reservation.granted_at, numbers, charged.amounts),
                 Call(reservation.granted_at, numbers, reservation.holds),
             )
+        elif outcome.disposition is Disposition.SUCCEEDED:
+            self._teacher.accepted(reservation.pool, reservation.granted_at, books.now)
         self._teacher.hold_to_readings(numbers, books.now)
         return an.Committed(charged.stated, charged.cost)
 
@@ -191,7 +194,8 @@ class Settling:
         numbers = books.plan(candidate.pool, candidate.shares)
         if numbers is None:
             return an.Invalid("tenant", f"the ledger has its most limits ({books.caps.buckets})", full=True)
-        sizes = pool.profile.fill(candidate.estimate)
+        kind = (candidate.pool, operation.tenant, operation.route)
+        sizes = fill(books.state.learned, pool.profile, kind, candidate.estimate)
         holds = books.recipe(candidate.pool, numbers).holds(sizes, candidate.prices)
         charged = self._charge(candidate.pool, numbers, holds, candidate.prices, sizes, None, outcome)
         made_at = self._made_at(outcome, operation.age_us)
@@ -447,7 +451,7 @@ class Settling:
 
     def _renew_ended(self, operation: op.Renew) -> Answer:
         state, context = self._books.state, operation.context
-        if operation.key in self._reserving.waiting:
+        if context is None and operation.key in self._reserving.waiting:
             return an.Invalid("reservation_id", "still waits: there is no grant to renew")
         ended = state.ended.get(operation.key)
         if ended is not None and ended.kind is EndKind.TOGETHER:

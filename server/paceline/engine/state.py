@@ -19,8 +19,14 @@ from paceline.engine.bucket import Bucket, EndKind
 from paceline.engine.calendar import next_month
 from paceline.engine.dimensions import Dimension, Limit, Window
 from paceline.engine.operations import Mode, Priority
+from paceline.engine.outside import MOST
+from paceline.engine.pressure import Pressure
+from paceline.engine.sizes import Kind, Kinds, Learned, Sample, note
 
 CHUNK_ENTRIES = 1_000
+CHUNK_KINDS = 250
+MAX_PLACES = 16_384
+"""Combinations of limits for which it is kept where they count input and output."""
 FORMAT = 2
 """Version of the snapshot's form. One that only adds fields with defaults reads the one before."""
 OLDEST_FORMAT = 1
@@ -51,6 +57,9 @@ class Reservation(msgspec.Struct, frozen=True, array_like=True, gc=False):
     """Output reported by Renew so far."""
     max_output_tokens: int | None = None
     """The cap that the caller asked for."""
+    asked_input: int = 0
+    asked_output: int = 0
+    """The caller's own estimates, in tokens. Zero: there was none."""
 
 
 class Ended(msgspec.Struct, frozen=True, array_like=True, gc=False):
@@ -85,7 +94,11 @@ class Pool(msgspec.Struct, array_like=True):
     paused: bool = False
     blocked_until: int = 0
     closed: bool = False
-    """``blocked_until`` stands for the upstream's spend cap."""
+    """``blocked_until`` stands for the upstream's spend cap, or for its quota of zero."""
+    pressure: Pressure | None = None
+    """What refusals that were not about budget have put in force: an overload, a bound on concurrency, ramps."""
+    blocked_at: int = 0
+    """Since when ``blocked_until`` holds."""
 
 
 class Share(msgspec.Struct, array_like=True, frozen=True):
@@ -116,12 +129,16 @@ class EndedChunk(msgspec.Struct, array_like=True, tag="ended"):
     entries: list[tuple[str, Ended]]
 
 
+class LearnedChunk(msgspec.Struct, array_like=True, tag="learned"):
+    entries: list[tuple[Kind, Learned]]
+
+
 Chunk = bytes
 """One piece of a snapshot: about a millisecond's work to make or to read."""
 
 _encode = msgspec.msgpack.Encoder().encode
 _decode_head = msgspec.msgpack.Decoder(Head).decode
-_decode_chunk = msgspec.msgpack.Decoder(OpenChunk | EndedChunk).decode
+_decode_chunk = msgspec.msgpack.Decoder(OpenChunk | EndedChunk | LearnedChunk).decode
 
 
 class FoldError(Exception):
@@ -152,6 +169,9 @@ class State:
         self.open: dict[str, Reservation] = {}
         self.open_in: dict[str, dict[str, Reservation]] = {}
         self.ended: dict[str, Ended] = {}
+        self.learned: Kinds = {}
+        """What calls turned out to be, by their kind; the newest settlement's last."""
+        self._places: dict[tuple[int, ...], tuple[int, int]] = {}
         self._fold: dict[type[Any], Callable[[Any], None]] = {
             ev.Clocked: self._clocked,
             ev.Advanced: self._advanced,
@@ -161,6 +181,8 @@ class State:
             ev.LimitMoved: self._limit_moved,
             ev.LimitClaimed: self._limit_claimed,
             ev.LimitConfirmed: self._limit_confirmed,
+            ev.OutsideLearned: self._outside_learned,
+            ev.Foreseen: self._foreseen,
             ev.Granted: self._granted,
             ev.GrantedTogether: self._granted_together,
             ev.Renewed: self._renewed,
@@ -177,6 +199,7 @@ class State:
             ev.PoolPaused: self._pool_paused,
             ev.ModeSet: self._mode_set,
             ev.Withheld: self._withheld,
+            ev.Pressed: self._pressed,
         }
 
     def apply(self, event: ev.Event) -> None:
@@ -211,11 +234,14 @@ class State:
             )
         )
         opened, ended = list(self.open.values()), list(self.ended.items())
+        learned = [(kind, each.copy()) for kind, each in self.learned.items()]
         yield head
         for start in range(0, len(opened), CHUNK_ENTRIES):
             yield _encode(OpenChunk(opened[start : start + CHUNK_ENTRIES]))
         for start in range(0, len(ended), CHUNK_ENTRIES):
             yield _encode(EndedChunk(ended[start : start + CHUNK_ENTRIES]))
+        for start in range(0, len(learned), CHUNK_KINDS):
+            yield _encode(LearnedChunk(learned[start : start + CHUNK_KINDS]))
 
     @staticmethod
     def format_of(first: Chunk) -> int:
@@ -246,6 +272,8 @@ class State:
                     for reservation in chunk.entries:
                         state.open[reservation.key] = reservation
                         state.open_in[reservation.pool][reservation.key] = reservation
+                elif isinstance(chunk, LearnedChunk):
+                    state.learned.update(chunk.entries)
                 else:
                     state.ended.update(chunk.entries)
         except (msgspec.DecodeError, StopIteration, KeyError) as error:
@@ -320,15 +348,27 @@ class State:
         bucket.override = event.override
         bucket.guessed = False
         bucket.pending = None
+        bucket.outside = min(bucket.outside, event.amount * MOST // 1_000)
         bucket.learned_at = self.at if event.learned else None
         if not event.learned:
             bucket.ruling, bucket.ruling_burst = event.amount, event.burst
 
     def _limit_claimed(self, event: ev.LimitClaimed) -> None:
-        self.buckets[event.bucket].pending = event.amount
+        bucket = self.buckets[event.bucket]
+        bucket.pending, bucket.pending_at = event.amount, self.at
 
     def _limit_confirmed(self, event: ev.LimitConfirmed) -> None:
         self.buckets[event.bucket].learned_at = self.at
+
+    def _outside_learned(self, event: ev.OutsideLearned) -> None:
+        bucket = self.buckets[event.bucket]
+        bucket.outside, bucket.outside_at = event.rate, self.at
+
+    def _foreseen(self, event: ev.Foreseen) -> None:
+        bucket = self.buckets[event.bucket]
+        moved = bucket.foreseen - event.amount
+        bucket.foreseen = event.amount
+        bucket.adjust(self.ordinal, moved)
 
     def _granted(self, event: ev.Granted) -> None:
         self.ordinal += 1
@@ -350,9 +390,14 @@ class State:
             event.expires_at,
             ordinal,
             max_output_tokens=event.max_output_tokens,
+            asked_input=event.asked_input,
+            asked_output=event.asked_output,
         )
         self.open[event.key] = reservation
         self.open_in[event.pool][event.key] = reservation
+        pressure = self.pools[event.pool].pressure
+        if pressure is not None and pressure.overload is not None:
+            pressure.overload.note_grant(self.at)
         buckets, at = self.buckets, self.at
         for number, hold, over in zip(event.buckets, event.holds, event.overs, strict=True):
             buckets[number].open(ordinal, at, hold, over)
@@ -382,7 +427,38 @@ class State:
                 bucket.grow(self.ordinal + 1, old.granted_at, hold - before, over)
 
     def _settled(self, event: ev.Settled) -> None:
+        self._learn_sizes(self.open[event.key], event)
         self._end(event.key, EndKind.SETTLED, event.charges, event.forfeits, event.overs, event.cost)
+
+    def _learn_sizes(self, reservation: Reservation, event: ev.Settled) -> None:
+        """A call that ended with its final usage is a sample of its kind."""
+        places = self._places.get(reservation.buckets)
+        if places is None:
+            places = self._places[reservation.buckets] = self._place_sizes(reservation.buckets)
+        coming, going = places
+        if coming < 0:
+            return
+        tokens = event.charges[coming]
+        output = event.charges[going] if going >= 0 else 0
+        if (not tokens and not output) or (going >= 0 and event.overs[going]):
+            return
+        took = max(0, self.at - reservation.granted_at) // 1_000
+        sample = Sample(tokens, reservation.asked_input, output, reservation.asked_output, took)
+        note(self.learned, (reservation.pool, reservation.tenant, reservation.route), sample)
+
+    def _place_sizes(self, numbers: tuple[int, ...]) -> tuple[int, int]:
+        """Where among these buckets the pool's input and output are counted; -1: nowhere."""
+        if len(self._places) >= MAX_PLACES:
+            self._places.clear()
+        found = [-1, -1]
+        for place, number in enumerate(numbers):
+            bucket = self.buckets[number]
+            if bucket.pool and not bucket.share:
+                if bucket.dimension is Dimension.INPUT_TOKENS:
+                    found[0] = place
+                elif bucket.dimension is Dimension.OUTPUT_TOKENS:
+                    found[1] = place
+        return found[0], found[1]
 
     def _expired(self, event: ev.Expired) -> None:
         self._end(event.key, EndKind.EXPIRED, event.charges, event.forfeits, event.overs, event.cost)
@@ -498,14 +574,7 @@ class State:
                     self.buckets[number].refundable -= charge
 
     def _corrected(self, event: ev.Corrected) -> None:
-        bucket = self.buckets[event.bucket]
-        bucket.adjusted += event.adjusted
-        if event.adjusted < 0:
-            bucket.lower(self.ordinal + 1, -event.adjusted)
-        else:
-            bucket.level += event.adjusted
-            if bucket.level >= bucket.burst:
-                bucket.carry = 0
+        self.buckets[event.bucket].adjust(self.ordinal, event.adjusted)
 
     def _reading_kept(self, event: ev.ReadingKept) -> None:
         bucket, constraint = self.buckets[event.bucket], event.constraint
@@ -514,7 +583,10 @@ class State:
 
     def _pool_blocked(self, event: ev.PoolBlocked) -> None:
         pool = self.pools[event.pool]
-        pool.blocked_until, pool.closed = event.until, event.closed
+        pool.blocked_until, pool.closed, pool.blocked_at = event.until, event.closed, self.at
+
+    def _pressed(self, event: ev.Pressed) -> None:
+        self.pools[event.pool].pressure = None if event.pressure is None else event.pressure.copy()
 
     def _pool_paused(self, event: ev.PoolPaused) -> None:
         self.pools[event.pool].paused = event.paused

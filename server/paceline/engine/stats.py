@@ -30,6 +30,8 @@ class Stats:
         """Absolute corrections of levels by readings, by pool and dimension."""
         self.waits: dict[tuple[str, Priority], list[int]] = {}
         self.wait_sum_us: Counter[tuple[str, Priority]] = Counter()
+        self.short: Counter[int] = Counter()
+        """Denials while a budget for a day or a month had too little left, by the number of its bucket."""
         self.hindsight = Hindsight()
 
     def granted(self, pool: str, priority: Priority, count: int, waited_us: int, would: Would | None) -> None:

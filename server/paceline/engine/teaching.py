@@ -15,6 +15,9 @@ from paceline.engine.calendar import next_month
 from paceline.engine.definitions import Definitions
 from paceline.engine.dimensions import GAUGES, MINUTE_US, SECOND_US, Dimension, Limit, Window
 from paceline.engine.operations import Observation, Reading, Refusal
+from paceline.engine.outside import HALVES_US, Sampler, decayed
+from paceline.engine.pressing import Pressing
+from paceline.engine.rim import Rim
 from paceline.engine.state import Pool
 from paceline.engine.stats import Stats
 from paceline.engine.trail import UNSEEN_US, Trail
@@ -23,6 +26,14 @@ LONGEST_BLOCK_US = 5 * MINUTE_US
 SHORTEST_BLOCK_US = SECOND_US
 LONGEST_WAIT_US = 10 * MINUTE_US
 """A refusal that names a dimension is believed to mean debt for so long at most: a shut pool brings no answers."""
+OVERTAKEN_US = 100_000
+"""A call that was granted so long before a block may have arrived after what the block is for."""
+DOUBTED_US = 5 * SECOND_US
+"""A block is tried so long after its reason was put in doubt."""
+CLEAR_RESETS = 2
+"""A time to a full bucket of so many times its error is taken for what it says; a shorter one for its bound."""
+PLENTY = 8
+"""One part in so many of a limit is enough to go on after a block."""
 FLIGHT_US = MINUTE_US
 """How long a call without a grant may have been under way when its headers came."""
 CONFIRM_US = 10 * SECOND_US
@@ -54,12 +65,21 @@ class Teacher:
     """Turns observations into events."""
 
     def __init__(self, books: Books, definitions: Definitions, stats: Stats) -> None:
+        self._books = books
         self._state = books.state
         self._emit = books.emit
         self._advance = books.advance
         self._trail = books.trail
         self._definitions = definitions
         self._stats = stats
+        self._samplers: dict[int, Sampler] = {}
+        """By bucket."""
+        self._rims: dict[int, Rim] = {}
+        self._at_rim: set[int] = set()
+        """Buckets of which the newest reading was about the most that is ever read."""
+        self._least_burst: dict[int, int] = {}
+        """What the newest reading of each bucket proves of its burst."""
+        self.pressing = Pressing(books, definitions)
 
     def observe(self, name: str, observation: Observation | None, now: int, call: Call, estimates: Call) -> None:
         """Learn from one response of pool ``name``. ``estimates`` carries what the call held when it was sent."""
@@ -67,12 +87,18 @@ class Teacher:
         if observation is None or pool is None:
             return
         if observation.refusal is not None:
-            self._refused(pool, observation, now)
-        if not pool.learn:
-            return
+            self._refused(pool, observation, now, estimates)
+        elif pool.pressure is not None:
+            self.pressing.accepted(pool, call.granted_at, now)
         until = now - observation.age_us
         readings = observation.readings
+        if observation.refusal is None and pool.blocked_until > now and not pool.closed and until > pool.blocked_at:
+            self._unblock(pool, readings, call.granted_at, now)
+        if not pool.learn:
+            return
         refused = observation.refused if observation.refusal is Refusal.BUDGET else None
+        if observation.refusal is Refusal.RAMP:
+            refused = self.pressing.dimension_of_ramp(pool, observation)
         if refused is not None and all(reading.dimension is not refused for reading in readings):
             readings = (*readings, Reading(refused))
         for reading in readings:
@@ -80,9 +106,12 @@ class Teacher:
             if number is None or reading.dimension in GAUGES or reading.dimension is Dimension.SPEND:
                 continue
             bucket = self._advance(number)
-            self._learn_limit(number, bucket, reading, now)
+            if reading.dimension is Dimension.OUTPUT_TOKENS and reading.remaining is not None:
+                self._books.outlook.read(number, bucket, reading.remaining, now)
+            reading = self.pressing.believable(pool, number, reading)
+            self._learn_limit(number, bucket, reading, now, call.granted_at)
             self._learn_burst(number, bucket, reading)
-            low, high = reconcile.bounds_of_remaining(reading)
+            low, high = reconcile.bounds_of_remaining(bucket, reading)
             if reading.dimension is refused:
                 low, high = _narrower(
                     (low, high),
@@ -93,6 +122,9 @@ class Teacher:
                         _at_most(observation.retry_after_us, LONGEST_WAIT_US),
                     ),
                 )
+            if self.pressing.climbs(pool, number):
+                # A floor grows with a rate that has not been the same all the time.
+                low = None
             if low is not None or high is not None:
                 self._learn_level(number, bucket, low, high, until, call, pool, now, reading.rounding)
 
@@ -111,6 +143,9 @@ class Teacher:
     def lapse(self, number: int, now: int) -> None:
         """Let go of a learned restriction that nothing has confirmed for long."""
         bucket = self._state.buckets[number]
+        if bucket.outside and now - bucket.outside_at >= HALVES_US:
+            self._advance(number)
+            self._emit(ev.OutsideLearned(number, decayed(bucket.outside, now - bucket.outside_at)))
         restricts = bucket.amount < bucket.ruling or bucket.burst < bucket.ruling_burst
         if bucket.learned_at is None or not restricts or now - bucket.learned_at <= reconcile.READING_TTL_US:
             return
@@ -125,13 +160,16 @@ class Teacher:
 
     # -- one reading --------------------------------------------------------------------------------------------
 
-    def _learn_limit(self, number: int, bucket: Bucket, reading: Reading, now: int) -> None:
-        """A lower limit rules at once, a higher one when a second reading says the same."""
+    def _learn_limit(self, number: int, bucket: Bucket, reading: Reading, now: int, granted_at: int | None) -> None:
+        """A lower limit rules at once, a higher one when a second reading says the same.
+
+        Answers overtake each other: only one of a call that was granted after the claim denies it.
+        """
         limit = reading.limit
         if limit is None:
             return
         if limit == bucket.amount:
-            if bucket.pending is not None:
+            if bucket.pending is not None and (granted_at is None or granted_at >= bucket.pending_at):
                 self._emit(ev.LimitClaimed(number, None))
             if bucket.learned_at is not None and now - bucket.learned_at > CONFIRM_US:
                 self._emit(ev.LimitConfirmed(number))
@@ -145,15 +183,20 @@ class Teacher:
         burst = limit if bucket.burst == bucket.amount else bucket.burst * limit // max(1, bucket.amount)
         moved = Limit(bucket.dimension, bucket.window, limit, burst)
         self._definitions.move(number, moved, learned=True, override=bucket.override)
+        self._sampler(number).forget()
 
     def _learn_burst(self, number: int, bucket: Bucket, reading: Reading) -> None:
         bounds = reconcile.burst_bounds(bucket, reading)
         if bounds is None:
             return
         least, most = bounds
+        self._least_burst[number] = least
         burst = bucket.burst
+        if reading.reset_us is not None and reading.reset_us >= CLEAR_RESETS * reading.reset_error_us:
+            # Resets are rounded up, and answers come late: the error is never all on the other side.
+            most -= bucket.amount * reading.reset_error_us // MINUTE_US
         if most < burst:
-            burst = most
+            burst = max(least, most)
         elif least > burst and not bucket.override:
             burst = min(least, max(bucket.amount, bucket.configured_burst))
         if burst != bucket.burst:
@@ -183,6 +226,8 @@ class Teacher:
         if trail is not None:
             # What an older reading has seen free, others may have taken since.
             newest = standing is None or until >= standing.until
+            if newest and high is not None:
+                self._look_for_rim(number, bucket, trail, high, since, until)
             self._follow(number, bucket, trail, low if newest else None, high, since, until)
         newest_first = reversed(self._state.open_in[pool.name].values())
         constraint = reconcile.constrain(bucket, low, high, since, until, own, newest_first, number, rounding)
@@ -194,22 +239,47 @@ class Teacher:
             # Older than what stands: it may still narrow the level once, but does not replace the newer one.
             self._adjust(number, reconcile.correction(bucket, constraint, now))
         self._correct(number, bucket, now)
+        rate = self._sampler(number).read(bucket, now)
+        if rate is not None:
+            self._emit(ev.OutsideLearned(number, rate))
+
+    def _sampler(self, number: int) -> Sampler:
+        sampler = self._samplers.get(number)
+        if sampler is None:
+            sampler = self._samplers[number] = Sampler()
+        return sampler
 
     def _follow(
         self, number: int, bucket: Bucket, trail: Trail, low: int | None, high: int | None, since: int, until: int
     ) -> None:
         """Correct the level by what none of our levels between ``since`` and ``until`` explains."""
-        trail.note(bucket.at, bucket.level - bucket.adjusted)
+        trail.note(bucket.at, bucket.level - bucket.corrected + self._books.unproduced(number, bucket))
         if high is not None:
             span = trail.between(since, until)
-            if span is not None and high < span.least + bucket.adjusted:
-                self._adjust(number, high - span.least - bucket.adjusted)
+            if span is not None and high < span.least + bucket.corrected:
+                self._adjust(number, high - span.least - bucket.corrected)
                 return
         if low is not None and not bucket.override:
             span = trail.between(since - UNSEEN_US, until)
-            if span is not None and low > span.most + bucket.adjusted:
-                raised = min(bucket.burst, bucket.level + low - span.most - bucket.adjusted)
+            if span is not None and low > span.most + bucket.corrected:
+                raised = min(bucket.burst, bucket.level + low - span.most - bucket.corrected)
                 self._adjust(number, max(0, raised - bucket.level))
+
+    def _look_for_rim(self, number: int, bucket: Bucket, trail: Trail, high: int, since: int, until: int) -> None:
+        """Lower a burst that our books reach and the upstream does not."""
+        rim = self._rims.get(number)
+        if rim is None:
+            rim = self._rims[number] = Rim()
+        span = trail.between(since, until)
+        if span is not None:
+            burst = rim.read(high, self._least_burst.get(number, 0), span.least + bucket.corrected)
+            if burst is not None and 0 < burst < bucket.burst:
+                moved = Limit(bucket.dimension, bucket.window, bucket.amount, burst)
+                self._definitions.move(number, moved, learned=True, override=bucket.override)
+        if rim.near(high):
+            self._at_rim.add(number)
+        else:
+            self._at_rim.discard(number)
 
     def _correct(self, number: int, bucket: Bucket, now: int) -> None:
         if bucket.constraint is not None:
@@ -218,21 +288,44 @@ class Teacher:
     def _adjust(self, number: int, amount: int) -> None:
         if amount:
             self._emit(ev.Corrected(number, amount))
+            if amount > 0 or number not in self._at_rim:
+                self._sampler(number).correct(amount)
             bucket = self._state.buckets[number]
             self._stats.corrections[bucket.pool, bucket.dimension] += abs(amount)
 
     # -- refusals -----------------------------------------------------------------------------------------------
 
-    def _refused(self, pool: Pool, observation: Observation, now: int) -> None:
+    def accepted(self, name: str, granted_at: int | None, now: int) -> None:
+        """A call of pool ``name`` has succeeded, and brought no headers."""
+        pool = self._state.pools.get(name)
+        if pool is not None and pool.pressure is not None:
+            self.pressing.accepted(pool, granted_at, now)
+
+    def _refused(self, pool: Pool, observation: Observation, now: int, call: Call) -> None:
         if observation.refusal is Refusal.SPEND:
             self._block(pool, next_month(now), closed=True)
-        elif observation.refusal is Refusal.BUDGET:
+        elif self.pressing.refused(pool, observation, call.granted_at, call.amount, now):
+            pass
+        elif observation.refusal in (Refusal.BUDGET, Refusal.RAMP):
             refused = observation.refused
             known = refused is not None and (pool.name, "", refused, Window.MINUTE) in self._state.addresses
             if known and pool.learn:
                 return
             wanted = SHORTEST_BLOCK_US if observation.retry_after_us is None else observation.retry_after_us
             self._block(pool, now + min(LONGEST_BLOCK_US, wanted) - observation.age_us, closed=False)
+
+    def _unblock(self, pool: Pool, readings: tuple[Reading, ...], granted_at: int | None, now: int) -> None:
+        """A call was accepted since the block began. With plenty left of everything the block has no reason any more.
+
+        A call that arrived after it, or nearly so, says less: calls that need less may still fit. Soon it is tried.
+        """
+        known = [reading for reading in readings if reading.limit and reading.remaining is not None]
+        if known and all((reading.remaining or 0) * PLENTY >= (reading.limit or 0) for reading in known):
+            self._emit(ev.PoolBlocked(pool.name, now, closed=False))
+        elif granted_at is not None and granted_at >= pool.blocked_at - OVERTAKEN_US:
+            soon = max(pool.blocked_at, now) + DOUBTED_US
+            if soon < pool.blocked_until:
+                self._emit(ev.PoolBlocked(pool.name, soon, closed=False))
 
     def _block(self, pool: Pool, until: int, *, closed: bool) -> None:
         if until > pool.blocked_until:

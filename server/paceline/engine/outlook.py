@@ -1,0 +1,324 @@
+"""Output that is still to come: admission over horizons, for limits that are charged as output is produced.
+
+A call of which all expected output is held against today's level keeps out others whose output comes much later, when
+refill has made place for it. Therefore a call may pass if for every horizon ``h``
+
+    gross + r·h - Σ E[min(v·h, rest_i)] - z·σ(h) ≥ margin        σ²(h) = Σ var_i + Σ_kinds (τ·Σ mean)²
+
+(design of the service, "Learning the sizes"). ``gross`` is what the upstream has left: our level with every hold given
+back, less what the open calls have produced by now at their pace. The rest of a call is that of the sizes learned for
+its kind which are larger than what it has produced already, so a call that is open for long is expected to be long.
+Sizes within a kind err together, hence the second term of the variance.
+
+The sums over open calls are kept for a few horizons and by the second of the grant: a grant or an end changes them by
+one row of its kind's table, and time by summing the rows anew a few times a second, whatever the number of calls. All
+of this is soft state, made from the books when a level net of all holds first falls short, or when the upstream says
+that little is left, and dropped when neither has happened for long.
+"""
+
+from __future__ import annotations
+
+from bisect import bisect_right
+from collections.abc import Iterable, Iterator, Sequence
+from typing import TYPE_CHECKING
+
+from paceline.engine.dimensions import MINUTE_US, SECOND_US, Dimension
+from paceline.engine.sizes import BINS, Kind, Learned, bin_of, finest, middle_of
+
+if TYPE_CHECKING:
+    from paceline.engine.bucket import Bucket
+    from paceline.engine.state import Reservation, State
+
+HORIZONS = (0.5, 1.0, 2.0, 4.0, 8.0, 16.0, 32.0, 64.0, 128.0, 256.0)
+"""Seconds. What comes later than the last of them is for later decisions."""
+AGES = (0.0, *(0.5 * 2.0 ** (step / 2) for step in range(22)))
+"""Seconds since the grant for which rows are laid out: to twelve minutes."""
+Z = 1.0
+"""So many standard deviations of what is to come are kept free."""
+TAU = 0.1
+"""Part by which all sizes of a kind may be off together."""
+REFRESH_US = 250_000
+LOOK_US = 50_000
+TABLE_US = 5 * SECOND_US
+"""A kind's table follows what is learned this often."""
+TIGHT = 2
+"""Below one part in so many of the burst, what is left is little."""
+IDLE_US = 10 * 60 * SECOND_US
+"""A limit that was not short for so long is no longer looked at."""
+MARGIN_US = 200_000
+"""Of refill: calls are under way when a reading is taken."""
+MARGIN_PART = 16
+"""At most this part of the burst."""
+_RARE = 1e-6
+_PACE = 60.0
+_FIRST = 1.0
+"""Tokens a second, and seconds until the first, of a kind of which nothing is known."""
+_Row = tuple[tuple[float, ...], tuple[float, ...]]
+"""Means and variances of the output within each horizon."""
+
+
+class Table:
+    """The rest of a call of one kind, by its age."""
+
+    __slots__ = ("_rows", "_sizes", "_weights", "expected", "first", "made_at", "pace")
+
+    def __init__(
+        self, learned: Learned | None, expected: int, now: int, ages: Iterable[tuple[float, int]] = ()
+    ) -> None:
+        """``expected`` is the output, in tokens, of an unknown kind; ``ages``, with numbers, are of open calls."""
+        self.expected = expected
+        self.made_at = now
+        self.pace, self.first = (_PACE, _FIRST) if learned is None or not learned.timed else learned.pace
+        counts = [] if learned is None else learned.histogram
+        open_at = [0] * BINS
+        for age, number in ages if learned is not None else ():
+            done = int(self.produced(age))
+            if done:
+                open_at[bin_of(done)] += number
+        self._sizes, self._weights = survival(counts, open_at)
+        if not self._sizes:
+            self._sizes, self._weights = [float(max(1, expected))], [1.0]
+        self._rows: dict[int, _Row] = {}
+
+    def produced(self, age: float) -> float:
+        """What an open call of this age has produced."""
+        return self.pace * (age - self.first) if age > self.first else 0.0
+
+    def row(self, age: float) -> _Row:
+        """What is to come of an open call of this age, in seconds."""
+        number = bisect_right(AGES, age) - 1
+        row = self._rows.get(number)
+        if row is None:
+            row = self._rows[number] = self._make(AGES[number])
+        return row
+
+    def _make(self, age: float) -> _Row:
+        done, lead = self.produced(age), max(0.0, self.first - age)
+        rests = [(size - done, weight) for size, weight in zip(self._sizes, self._weights, strict=True) if size > done]
+        if not rests:
+            # Longer than all before it: the more it has said, the more may come.
+            rests = [(max(1.0, done / 2), 1)]
+        total = sum(weight for _, weight in rests)
+        means, variances = [], []
+        for horizon in HORIZONS:
+            most = self.pace * max(0.0, horizon - lead)
+            mean = sum(weight * min(most, rest) for rest, weight in rests) / total
+            square = sum(weight * min(most, rest) ** 2 for rest, weight in rests) / total
+            means.append(mean)
+            variances.append(max(0.0, square - mean * mean))
+        return tuple(means), tuple(variances)
+
+
+def survival(counts: Sequence[int], open_at: Sequence[int]) -> tuple[list[float], list[float]]:
+    """Sizes and their probabilities, from how many calls ended in each bin and how many are open in it.
+
+    Open calls are as large as they are by now, at least: without them the sizes would be those of the short calls as
+    long as the long ones have not ended. (Kaplan and Meier, J. Am. Stat. Assoc. 53, 1958, in bins.)
+    """
+    at_risk = sum(counts) + sum(open_at)
+    alive, sizes, weights = 1.0, [], []
+    for number, count in enumerate(counts):
+        if count and at_risk:
+            ended = alive * count / at_risk
+            sizes.append(middle_of(number))
+            weights.append(ended)
+            alive -= ended
+        at_risk -= count + open_at[number]
+    if alive > _RARE and sizes:
+        # The largest are open: they will be larger still.
+        top = max(number for number in range(BINS) if counts[number] or open_at[number])
+        sizes.append(2 * middle_of(top))
+        weights.append(alive)
+    return sizes, weights
+
+
+class _Open:
+    """The open calls of one kind: how many, by the second of their grant."""
+
+    __slots__ = ("means", "slots", "table")
+
+    def __init__(self, table: Table) -> None:
+        self.table = table
+        self.slots: dict[int, int] = {}
+        self.means = [0.0] * len(HORIZONS)
+
+    def ages(self, now: int) -> Iterator[tuple[float, int]]:
+        """Ages in seconds, with how many calls have them."""
+        for slot, count in self.slots.items():
+            yield max(0.0, now / SECOND_US - slot - 0.5), count
+
+
+class Demand:
+    """What the open calls of one limit will still produce."""
+
+    def __init__(self, state: State, number: int) -> None:
+        self._state = state
+        self._number = number
+        self._kinds: dict[Kind, _Open] = {}
+        self._clear(state.at)
+        self.asked_at = state.at
+        self.calls = 0
+
+    def _clear(self, now: int) -> None:
+        self.at = now
+        self._means = [0.0] * len(HORIZONS)
+        self._variances = [0.0] * len(HORIZONS)
+        self._squares = [0.0] * len(HORIZONS)
+        self._produced = self._pace = 0.0
+
+    # -- what comes and goes --------------------------------------------------------------------------------------
+
+    def opened(self, reservation: Reservation, now: int) -> None:
+        """A call was granted."""
+        kind, slot = _kind_of(reservation), reservation.granted_at // SECOND_US
+        found = self._open_of(kind, reservation.sizes.output_tokens, now)
+        found.slots[slot] = found.slots.get(slot, 0) + 1
+        self.calls += 1
+        self._sum(found, (now - reservation.granted_at) / SECOND_US, 1, now)
+
+    def ended(self, reservation: Reservation, now: int) -> None:
+        """A call was settled, released, or ran out."""
+        kind, slot = _kind_of(reservation), reservation.granted_at // SECOND_US
+        found = self._kinds.get(kind)
+        if found is None or slot not in found.slots:
+            return
+        if found.slots[slot] == 1:
+            del found.slots[slot]
+        else:
+            found.slots[slot] -= 1
+        self.calls -= 1
+        self._sum(found, (now - reservation.granted_at) / SECOND_US, -1, now)
+        if not found.slots:
+            del self._kinds[kind]
+
+    def _open_of(self, kind: Kind, expected: int, now: int) -> _Open:
+        found = self._kinds.get(kind)
+        if found is None:
+            found = self._kinds[kind] = _Open(Table(finest(self._state.learned, kind), expected, now))
+        return found
+
+    def _sum(self, found: _Open, age: float, count: int, now: int) -> None:
+        means, variances = found.table.row(age)
+        own, squares = found.means, self._squares
+        for place, mean in enumerate(means):
+            change, before = count * mean, own[place]
+            own[place] = before + change
+            squares[place] += change * (2 * before + change)
+            self._means[place] += change
+            self._variances[place] += count * variances[place]
+        elapsed = (now - self.at) / SECOND_US
+        done, pace = found.table.produced(age), found.table.pace if age > found.table.first else 0.0
+        self._pace += count * pace
+        self._produced += count * (done - pace * elapsed)
+
+    def _refresh(self, now: int) -> None:
+        self._clear(now)
+        for kind, found in self._kinds.items():
+            if now - found.table.made_at > TABLE_US:
+                found.table = Table(finest(self._state.learned, kind), found.table.expected, now, list(found.ages(now)))
+            found.means = [0.0] * len(HORIZONS)
+            for age, count in found.ages(now):
+                self._sum(found, age, count, now)
+
+    # -- what is asked ------------------------------------------------------------------------------------------------
+
+    def produced(self, now: int) -> int:
+        """What the open calls have produced by ``now``."""
+        if now - self.at > REFRESH_US:
+            self._refresh(now)
+        return int(self._produced + self._pace * (now - self.at) / SECOND_US)
+
+    def gross(self, bucket: Bucket, level: int, now: int) -> int:
+        """What the upstream has left, if ``level`` is ours, net of holds."""
+        return min(bucket.burst, level + bucket.held + bucket.foreseen - self.produced(now))
+
+    def free(self, bucket: Bucket, level: int, kind: Kind, hold: int, count: int, now: int) -> int:
+        """``count`` calls that hold ``hold`` each may pass if this is not below what they hold together."""
+        self.asked_at = now
+        gross = self.gross(bucket, level, now)
+        rounding = 0 if bucket.constraint is None else bucket.constraint.rounding
+        margin = (rounding + 1) // 2 + min(bucket.amount * MARGIN_US // MINUTE_US, bucket.burst // MARGIN_PART)
+        if not self.calls:
+            # A lone call is not to be made impossible.
+            return gross - margin if gross < bucket.burst else gross
+        rate = (bucket.amount - bucket.outside) / 60
+        table = self._open_of(kind, hold, now).table
+        means, variances = table.row(0.0)
+        least = gross - margin
+        for place, horizon in enumerate(HORIZONS):
+            spread = self._variances[place] + count * variances[place] + TAU * TAU * self._squares[place]
+            coming = self._means[place] + count * means[place] + Z * max(0.0, spread) ** 0.5
+            least = min(least, gross - margin + int(rate * horizon - coming))
+        return hold * count + least
+
+
+def _kind_of(reservation: Reservation) -> Kind:
+    return reservation.pool, reservation.tenant, reservation.route
+
+
+class Outlook:
+    """The demands of one ledger's limits."""
+
+    def __init__(self, state: State) -> None:
+        self._state = state
+        self.demands: dict[int, Demand] = {}
+        """By number of bucket: of those only that were short."""
+
+    def watches(self, number: int, bucket: Bucket) -> bool:
+        """Whether a limit is one that is charged as output is produced.
+
+        Only readings tell how much the upstream has counted: without one, all that may come is held.
+        """
+        read = bucket.dimension is Dimension.OUTPUT_TOKENS and bucket.is_read and bucket.constraint is not None
+        return read or number in self.demands
+
+    def level(
+        self, number: int, bucket: Bucket, level: int, need: int, kind: Kind, hold: int, count: int, now: int
+    ) -> int:
+        """What ``count`` calls may use: ``level``, which is net of all holds, unless output is looked at over time.
+
+        It begins to be when the level is less than ``need``.
+        """
+        demand = self.demands.get(number)
+        if demand is None:
+            if level >= need or not self.watches(number, bucket):
+                return level
+            demand = self.demand(number, now)
+        return demand.free(bucket, level, kind, hold, count, now)
+
+    def demand(self, number: int, now: int) -> Demand:
+        """That of one limit; it is made from the books if need be."""
+        demand = self.demands.get(number)
+        if demand is None:
+            demand = self.demands[number] = Demand(self._state, number)
+            for reservation in self._state.open_in[self._state.buckets[number].pool].values():
+                if number in reservation.buckets:
+                    demand.opened(reservation, now)
+        return demand
+
+    def read(self, number: int, bucket: Bucket, remaining: int, now: int) -> None:
+        """The upstream says what is left: if that is little, what is still to come is looked at from now on."""
+        if remaining * TIGHT < bucket.burst:
+            self.demand(number, now).asked_at = now
+
+    def least_wait_us(self, number: int) -> int:
+        """What is to come changes with every piece of output: to look again sooner is of no use."""
+        return LOOK_US if number in self.demands else 0
+
+    def opened(self, key: str, now: int) -> None:
+        """A reservation was opened."""
+        reservation = self._state.open[key]
+        for number in reservation.buckets:
+            demand = self.demands.get(number)
+            if demand is not None:
+                demand.opened(reservation, now)
+
+    def ends(self, key: str, now: int) -> None:
+        """A reservation is about to end."""
+        reservation = self._state.open.get(key)
+        for number in () if reservation is None else reservation.buckets:
+            demand = self.demands.get(number)
+            if demand is not None and reservation is not None:
+                demand.ended(reservation, now)
+                if now - demand.asked_at > IDLE_US:
+                    del self.demands[number]
