@@ -188,3 +188,10 @@ bench: env ## throughput of the Session, and added latency through the Python cl
 .PHONY: bench-replicas
 bench-replicas: env ## round trips to Redis, throughput and waits with 1, 2 and 3 servers (on an idle machine)
 	@$(call need,redis-server,the benchmark of replicas); $(WITH_TOOLS) python -m bench.replicas.trips $(PROOF_ARGS)
+
+# To hand to the laboratory, such as "--seed 7 --processes 4".
+LAB_ARGS ?=
+
+.PHONY: lab-learning
+lab-learning: env ## what the ledger learns of an upstream, on a virtual clock; writes docs/learning.md (a quarter of an hour)
+	@$(WITH_TOOLS) python -m bench.lab.learning --write $(LAB_ARGS)

@@ -90,7 +90,15 @@ CODING_AGENT = Workload(
 )
 """TraceLab coding agents: 153.7k input in the mean, 95.8 % of it cached; the spread of the prefix is our assumption."""
 
+CACHED_80 = Workload("cached-80", CONVERSATION.fresh, CONVERSATION.output, prefix=LogNormal(8.22, 0.60, 100_000))
+"""Conversations behind a prompt that is four times as long and cached: 80 % of the input is read from the cache."""
+
+CACHED_96 = Workload("cached-96", CONVERSATION.fresh, CONVERSATION.output, prefix=LogNormal(10.01, 0.60, 500_000))
+"""The same with 96 %, as of coding agents."""
+
 WORKLOADS = {each.name: each for each in (CONVERSATION, CODE, LONG_CONVERSATION, MIXED, REASONING, CODING_AGENT)}
+"""Those after a trace."""
+CACHED = {each.name: each for each in (CACHED_80, CACHED_96)}
 
 
 class Span(NamedTuple):
@@ -136,6 +144,30 @@ class Modulated:
     def _length(self, mean: float, chance: random.Random) -> float:
         spread = max(mean - self.least, 1e-9)
         return min(2 * mean, self.least + chance.expovariate(1 / spread))
+
+
+@dataclass(frozen=True, slots=True)
+class Renewal:
+    """Arrivals whose gaps are gamma-distributed with this coefficient of variation: far above 1 they come in clumps."""
+
+    rate: float
+    """Calls a second, exactly: the times are stretched so that as many come in the whole as should."""
+    variation: float
+
+    @property
+    def mean_rate(self) -> float:
+        return self.rate
+
+    def times(self, seconds: float, chance: random.Random) -> list[float]:
+        """Instants from 0 to ``seconds``, in order."""
+        count = max(1, round(self.rate * seconds))
+        shape = 1 / self.variation**2
+        at, times = 0.0, []
+        for _ in range(count):
+            at += chance.gammavariate(shape, 1.0)
+            times.append(at)
+        stretch = seconds / max(at, 1e-12)
+        return [min(time * stretch, seconds) for time in times]
 
 
 def arrivals(spans: Sequence[Span], part: float, chance: random.Random) -> list[float]:

@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 
 from paceline.upstream import Accepted, Account, Overloaded, Refused, Scenario, SettingsError, limit_used, mark
 from paceline.upstream.bucket import GRAINS
+from paceline.upstream.errors import anthropic_code, anthropic_error, anthropic_refusal
 from paceline.upstream.headers import go_duration, limit_headers, retry_headers, rounded
 from paceline.upstream.settings import config_of, scenario_of
 from paceline.upstream.truth import page, report
@@ -384,3 +385,91 @@ def test_the_same_seed_gives_the_same() -> None:
         return [f"{type(found.arrive(step, one)).__name__} {one.estimate}" for step in range(50) for one in [call(900)]]
 
     assert run(3) == run(3) != run(4)
+
+
+# -- ramps -------------------------------------------------------------------------------------------------------------
+
+MINUTE = 60 * SECOND
+
+
+def ramped(start: int = 60_000, step: int = 6_000) -> Account:
+    found = account(initial=1.0, coming=200_000)
+    found.change(0, ramps={"claude": {"start": start, "step": step}})
+    return found
+
+
+def test_a_ramp_lets_pass_what_it_has_and_says_what_it_allows() -> None:
+    found = ramped()
+    refused = found.arrive(0, call(2_000))
+    assert isinstance(refused, Refused)
+    assert (refused.dimension, refused.limit, refused.needed, refused.level) == ("ramp", 60_000, 2_000, 0)
+    assert (refused.wait_us, refused.retry_after) == (2 * SECOND, 2)
+    assert isinstance(found.arrive(2 * SECOND, call(2_000)), Accepted)
+    assert isinstance(found.arrive(2 * SECOND, call(1)), Refused)
+    assert found.groups["claude"].refused_by == {"ramp": 2}
+
+
+def test_a_ramp_rises_at_each_minute_boundary_until_it_is_the_limit() -> None:
+    found = ramped()
+    group = found.groups["claude"]
+    limit = group.buckets["input_tokens"].amount
+    assert group.ramp is not None
+    found.advance(MINUTE - 1)
+    assert group.ramp.amount == 60_000
+    found.advance(MINUTE)
+    assert group.ramp.amount == 66_000
+    # The first minute at one rate, the second at the next.
+    found.advance(2 * MINUTE - 1)
+    assert group.ramp.offered // GRAINS == 60_000 + 66_000 - 1
+    found.advance(2 * MINUTE + (limit - 72_000) // 6_000 * MINUTE + MINUTE)
+    assert group.ramp is None
+
+
+def test_a_ramp_rises_at_the_minutes_of_the_clock_whenever_it_began() -> None:
+    found = account(initial=1.0, coming=200_000)
+    found.change(50 * SECOND, ramps={"*": {"start": 60_000, "step": 6_000}})
+    found.advance(MINUTE)
+    ramp = found.groups["claude"].ramp
+    assert ramp is not None
+    assert (ramp.amount, ramp.tokens) == (66_000, 10_000)
+
+
+def test_a_ramp_is_charged_what_the_input_is_charged() -> None:
+    found = ramped()
+    group = found.groups["claude"]
+    one = call(3_000, 1_000)
+    assert isinstance(found.arrive(10 * SECOND, one), Accepted)
+    assert group.ramp is not None
+    assert group.ramp.tokens == 10_000 - 3_000
+    found.started(10 * SECOND, one)
+    assert group.ramp.tokens == 10_000 - 1_000
+
+
+def test_how_much_of_a_ramp_was_used_is_told() -> None:
+    found = ramped()
+    first = mark(found, 0)
+    found.arrive(30 * SECOND, call(15_000, 15_000))
+    found.ended(31 * SECOND, found.calls[0], "finished")
+    used = limit_used(found, first, mark(found, MINUTE))["claude"]["ramp"]
+    assert (used.accepted, used.budget) == (15_000, 60_000)
+    assert report(found, MINUTE)["groups"]["claude"]["buckets"]["ramp"]["limit"] == 66_000
+
+
+def test_a_ramp_ends_when_it_is_lifted_and_names_a_known_group() -> None:
+    found = ramped()
+    found.change(0, ramps={})
+    assert isinstance(found.arrive(0, call(2_000)), Accepted)
+    with pytest.raises(SettingsError, match=r"ramps\.nobody"):
+        found.change(0, ramps={"nobody": {"start": 1, "step": 1}})
+    with pytest.raises(SettingsError, match=r"ramps\.gpt"):
+        found.change(0, ramps={"gpt": {"start": 1, "step": 1}})
+
+
+def test_the_error_of_a_ramp_has_its_code() -> None:
+    refused = ramped().arrive(0, call(2_000))
+    assert isinstance(refused, Refused)
+    message = anthropic_refusal(refused, "org", "claude-opus-5")
+    body = anthropic_error(429, message, "req", anthropic_code(refused))
+    assert body["error"]["details"] == {"error_code": "ramp_limit_exceeded"}
+    assert body["error"]["type"] == "rate_limit_error"
+    assert "allowed 60,000 input tokens per minute" in body["error"]["message"]

@@ -197,3 +197,10 @@ async def test_reset_leaves_running_calls_to_the_old_books(up: Upstream, web: ai
         assert "message_stop" in await response.text()
     assert (old.calls[0].produced, old.calls[0].ended) == (30, "finished")
     assert up.truth["calls"] == 0
+
+
+async def test_a_ramp_is_refused_with_its_code(up: Upstream, web: aiohttp.ClientSession) -> None:
+    await post(web, "/sim/scenario", {"ramps": {"claude": {"start": 600, "step": 60}}})
+    body = await post(web, "/v1/messages", ask(), 429)
+    assert body["error"]["details"] == {"error_code": "ramp_limit_exceeded"}
+    assert "allowed 600 input tokens per minute" in body["error"]["message"]

@@ -17,9 +17,9 @@ randomness of its own, so it runs under a laboratory's virtual clock as well as 
 
 What it does not simulate, so that no result measured here says anything of it:
 
-- Anthropic: the 429 for usage that grows too fast (``ramp_limit_exceeded``) and its limit that rises by steps; the 429
-  of a spend cap, which has a code of its own and no ``retry-after`` (a scenario can leave ``retry-after`` out of a
-  forced refusal, which still names a bucket); limits of workspaces beside those of the organisation.
+- Anthropic: the 429 of a spend cap, which has a code of its own and no ``retry-after`` (a scenario can leave
+  ``retry-after`` out of a forced refusal, which still names a bucket); limits of workspaces beside those of the
+  organisation. A ramp limit is there, but how the real one counts is not known: here it is a bucket like the others.
 - OpenAI: limits by the day (RPD, TPD); limits of projects and the ``…-project-tokens`` headers; ``slow_down``,
   ``insufficient_quota`` and the codes of spend limits.
 - Azure OpenAI: requests that are enforced in slices of 1 or 10 seconds; headers that say ``-1`` or are missing for one
@@ -30,7 +30,7 @@ What it does not simulate, so that no result measured here says anything of it:
 from __future__ import annotations
 
 from paceline.upstream.account import Accepted, Account, Call, Overloaded, Refused
-from paceline.upstream.settings import Config, Group, Scenario, SettingsError
+from paceline.upstream.settings import Config, Group, Ramp, Scenario, SettingsError
 from paceline.upstream.truth import Mark, Used, limit_used, mark
 
 __all__ = [
@@ -41,6 +41,7 @@ __all__ = [
     "Group",
     "Mark",
     "Overloaded",
+    "Ramp",
     "Refused",
     "Scenario",
     "SettingsError",

@@ -10,7 +10,7 @@ with the constructor. A laboratory drives it like this::
 
 Anthropic: a call needs one request, its input *estimate* must fit the level, and the level of the output must not be
 below one. The estimate is charged, and corrected to the true count soon afterwards. Output is charged as it is
-produced; ``max_tokens`` plays no part.
+produced; ``max_tokens`` plays no part. While a ramp is in force, the estimate must fit that one's level, too.
 
 OpenAI: the larger of ``max_tokens`` and an estimate from the characters is charged to one bucket on arrival, and stays;
 a refused call still costs a request (if there is one).
@@ -31,6 +31,7 @@ from paceline.upstream.settings import (
     Config,
     Dimension,
     Group,
+    Ramp,
     Scenario,
     SettingsError,
     check,
@@ -40,6 +41,9 @@ from paceline.upstream.tokens import Chance, bent
 
 MILLISECOND = 1_000
 SECOND = 1_000_000
+MINUTE = 60 * SECOND
+RAMP = "ramp"
+"""The dimension of a refusal for usage that grew too fast."""
 
 Status = Literal["", "accepted", "refused", "overloaded"]
 End = Literal["", "finished", "gone", "error", "dropped"]
@@ -70,7 +74,8 @@ class Call(msgspec.Struct, kw_only=True, gc=False):
     """Arrival, µs of the account's clock."""
     status: Status = ""
     dimension: str = ""
-    """What a refused call was short of; ``forced`` stands before it if a scenario said so."""
+    """What a refused call was short of (``ramp``, ``concurrency``, or a bucket); ``forced`` stands before it if a
+    scenario said so."""
     retry_after: int | None = None
     """Seconds."""
     produced: int = 0
@@ -122,6 +127,10 @@ class ModelGroup:
             amount = group.limits[dimension]
             burst = self.burst_of(amount)
             self.buckets[dimension] = Bucket.of(now, amount, burst, int(burst * config.initial))
+        self.ramp: Bucket | None = None
+        """What usage of the input may be while it grows."""
+        self.ramp_step = 0
+        self._ramp_next = 0
         self.in_flight = 0
         self.counts = {"accepted": 0, "refused": 0, "overloaded": 0}
         self.refused_by: dict[str, int] = {}
@@ -132,6 +141,37 @@ class ModelGroup:
     def burst_of(self, amount: int) -> int:
         """The burst of a limit, at least 1."""
         return max(1, int(amount * self.burst_seconds / 60))
+
+    @property
+    def all_buckets(self) -> dict[str, Bucket]:
+        """Those of the dimensions, and that of the ramp if there is one."""
+        return self.buckets if self.ramp is None else {**self.buckets, RAMP: self.ramp}
+
+    def begin_ramp(self, now: int, ramp: Ramp | None) -> None:
+        """Let usage of the input grow from now on; ``None``: at once. The ramp's bucket starts empty."""
+        self.ramp = None
+        if ramp is not None:
+            self.ramp = Bucket.of(now, ramp.start, self.burst_of(ramp.start), 0)
+            self.ramp_step, self._ramp_next = ramp.step, (now // MINUTE + 1) * MINUTE
+
+    def advance(self, now: int) -> None:
+        """Bring the buckets to ``now``, and the ramp by a step at each minute boundary on the way."""
+        for bucket in self.buckets.values():
+            bucket.advance(now)
+        while self.ramp is not None and self._ramp_next <= now:
+            amount = self.ramp.amount + self.ramp_step
+            self.ramp.change(self._ramp_next, amount, self.burst_of(amount))
+            self._ramp_next += MINUTE
+            if amount >= self.buckets["input_tokens"].amount:
+                self.ramp = None
+        if self.ramp is not None:
+            self.ramp.advance(now)
+
+    def charge_input(self, tokens: int) -> None:
+        """Charge what counts as input, also to the ramp."""
+        self.buckets["input_tokens"].charge(tokens)
+        if self.ramp is not None:
+            self.ramp.charge(tokens)
 
 
 class Account:
@@ -181,6 +221,8 @@ class Account:
         for name in ("outside", "limits"):
             if name in fields:
                 self._check_targets(name, getattr(scenario, name))
+        if "ramps" in fields:
+            self._check_targets("ramps", {name: {"input_tokens": 0} for name in scenario.ramps})
         self.advance(now)
         self.scenario = scenario
         if "overload_seconds" in fields or "overload_probability" in fields:
@@ -197,6 +239,10 @@ class Account:
                 for dimension, amount in amounts.items():
                     if dimension in group.buckets:
                         group.buckets[dimension].change(self.now, amount, group.burst_of(amount))
+        if "ramps" in fields:
+            for group in self.groups.values():
+                if group.api == "anthropic":
+                    group.begin_ramp(self.now, scenario.ramps.get(group.config.name) or scenario.ramps.get("*"))
 
     def _check_targets(self, field: str, given: Mapping[str, Mapping[Dimension, int]]) -> None:
         for name, amounts in given.items():
@@ -216,8 +262,7 @@ class Account:
             due, _, call = heapq.heappop(self._corrections)
             self._correct(due, call)
         for group in self.groups.values() if only is None else (only,):
-            for bucket in group.buckets.values():
-                bucket.advance(now)
+            group.advance(now)
 
     def arrive(self, now: int, call: Call) -> Outcome:
         """A call arrives. Its group must exist (:meth:`group_of`). It is in the log from here on."""
@@ -261,12 +306,14 @@ class Account:
         if group.config.max_concurrent is not None and group.in_flight >= group.config.max_concurrent:
             return Refused("concurrency", 1, 0, group.config.max_concurrent, SECOND, 1)
 
-        buckets = group.buckets
+        buckets = group.all_buckets
         call.estimate = bent(call.estimate, self.config.estimate_spread, self.chance)
         needs = {"requests": 1}
         if group.api == "anthropic":
             needs["input_tokens"] = call.estimate
             needs["output_tokens"] = 1
+            if RAMP in buckets:
+                needs[RAMP] = call.estimate
         else:
             needs["tokens"] = call.estimate
         if any(buckets[dimension].wait_us(need) for dimension, need in needs.items()):
@@ -276,14 +323,14 @@ class Account:
         if group.api == "openai":
             buckets["tokens"].charge(call.estimate)
         else:
-            buckets["input_tokens"].charge(call.estimate)
+            group.charge_input(call.estimate)
             if self.config.correct_after_ms is not None:
                 due = self.now + self.config.correct_after_ms * MILLISECOND
                 heapq.heappush(self._corrections, (due, call.number, call))
         return self._fate(call)
 
     def _refuse(self, group: ModelGroup, needs: Mapping[str, int]) -> Refused:
-        buckets = group.buckets
+        buckets = group.all_buckets
         short = max(needs, key=lambda dimension: buckets[dimension].wait_us(needs[dimension]))
         bucket = buckets[short]
         wait = bucket.wait_us(needs[short])
@@ -320,9 +367,8 @@ class Account:
     def _correct(self, now: int, call: Call) -> None:
         group = self.groups[call.group]
         if group.api == "anthropic":
-            bucket = group.buckets["input_tokens"]
-            bucket.advance(now)
-            bucket.charge(call.counted_input(group.config.cache_reads_count) - call.estimate)
+            group.advance(now)
+            group.charge_input(call.counted_input(group.config.cache_reads_count) - call.estimate)
 
     def started(self, now: int, call: Call) -> None:
         """The first byte of the response."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from paceline.upstream.account import Refused
+from paceline.upstream.account import RAMP, Refused
 
 _WORDS = {
     "requests": "requests per minute",
@@ -25,13 +25,21 @@ _TYPES = {
 }
 
 
-def anthropic_error(status: int, message: str, request_id: str) -> dict[str, Any]:
-    """``{"type": "error", "error": {…}, "request_id": …}``."""
-    return {
-        "type": "error",
-        "error": {"type": _TYPES.get(status, "api_error"), "message": message},
-        "request_id": request_id,
-    }
+RAMP_CODE = "ramp_limit_exceeded"
+"""Says in ``error.details.error_code`` that usage grew too fast. The code is as seen; the message is not."""
+
+
+def anthropic_error(status: int, message: str, request_id: str, code: str = "") -> dict[str, Any]:
+    """``{"type": "error", "error": {…}, "request_id": …}``; ``code`` goes into the error's details."""
+    error: dict[str, Any] = {"type": _TYPES.get(status, "api_error"), "message": message}
+    if code:
+        error["details"] = {"error_code": code}
+    return {"type": "error", "error": error, "request_id": request_id}
+
+
+def anthropic_code(refused: Refused) -> str:
+    """The code in the details of a 429; empty: it has none."""
+    return RAMP_CODE if refused.dimension == RAMP else ""
 
 
 def openai_error(status: int, message: str, param: str | None = None, code: str | None = None) -> dict[str, Any]:
@@ -51,6 +59,11 @@ def anthropic_refusal(refused: Refused, organization: str, model: str) -> str:
         return (
             "Number of concurrent connections has exceeded your rate limit. "
             "Please try again later or contact sales to discuss your options for a rate limit increase."
+        )
+    if dimension == RAMP:
+        return (
+            f"Your organization's usage has grown too fast. You are currently allowed {refused.limit:,} input tokens "
+            f"per minute, which rises each minute (org: {organization}, model: {model}). Please grow more slowly."
         )
     return (
         f"This request would exceed your organization's rate limit of {refused.limit:,} {_WORDS[dimension]} "

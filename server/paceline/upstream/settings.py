@@ -88,6 +88,17 @@ class Config(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):
     """Log-normal size of answers that nobody asked a size for (defaults: a published trace of conversations)."""
 
 
+class Ramp(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """How fast usage may grow: ``start`` input tokens per minute at once, and ``step`` more at each minute boundary of
+    the account's clock.
+
+    It is one more bucket, charged as that of the input, until the limit itself is reached.
+    """
+
+    start: _Amount
+    step: _Amount
+
+
 class Scenario(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):
     """What may be changed while it runs. Each field alone; what is not named stays."""
 
@@ -119,6 +130,9 @@ class Scenario(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):
     """Traffic of others on the same key, per minute: group, or ``*`` for all, to dimension to amount."""
     limits: dict[str, dict[Dimension, _Amount]] = {}
     """New limits, at once: group, or ``*``, to dimension to amount per minute."""
+
+    ramps: dict[str, Ramp] = {}
+    """Usage may not grow faster from now on: group, or ``*``. A group that is not named has no ramp."""
 
     headers: bool = True
     """Whether responses carry the headers about limits."""

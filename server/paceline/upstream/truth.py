@@ -7,7 +7,7 @@ from typing import Any
 
 import msgspec
 
-from paceline.upstream.account import Account, Call
+from paceline.upstream.account import RAMP, Account, Call
 from paceline.upstream.bucket import GRAINS
 
 
@@ -62,7 +62,7 @@ def mark(account: Account, now: int) -> Mark:
         {
             name: {
                 dimension: Point(bucket.level, bucket.offered, bucket.outside_taken, bucket.charged)
-                for dimension, bucket in group.buckets.items()
+                for dimension, bucket in group.all_buckets.items()
             }
             for name, group in account.groups.items()
         },
@@ -73,24 +73,30 @@ def limit_used(account: Account, start: Mark, end: Mark) -> dict[str, dict[str, 
     """Per group and dimension, for the window between two marks.
 
     Tokens (or requests) of the calls accepted in the window ÷ (level at its start + rate × window); a limit that
-    changed within the window counts at each rate as long as it held. Output of calls that still run counts as far as
-    it is produced. Raises :class:`LookupError` if the log no longer reaches back to the start of the window.
+    changed within the window counts at each rate as long as it held, a ramp if it held throughout. Output of calls that
+    still run counts as far as it is produced. Raises :class:`LookupError` if the log no longer reaches back to the
+    start of the window.
     """
     first = account.calls[0].number if account.calls else account.logged + 1
     if first > start.logged + 1:
         raise LookupError(f"the log begins at call {first}, the window at call {start.logged + 1}")
-    sums = {name: dict.fromkeys(group.buckets, 0) for name, group in account.groups.items()}
+    sums = {name: dict.fromkeys(group.all_buckets, 0) for name, group in account.groups.items()}
     for call in account.calls:
         if call.number > end.logged:
             break
         if call.number > start.logged and call.status == "accepted":
+            sum_of = sums[call.group]
             for dimension, amount in counted(account, call).items():
-                sums[call.group][dimension] += amount
+                sum_of[dimension] += amount
+            if RAMP in sum_of:
+                sum_of[RAMP] += call.counted_input(account.groups[call.group].config.cache_reads_count)
     found: dict[str, dict[str, Used]] = {}
     for name, points in end.points.items():
         found[name] = {}
         for dimension, last in points.items():
-            before = start.points[name][dimension]
+            before = start.points[name].get(dimension)
+            if before is None:
+                continue
             found[name][dimension] = Used(
                 accepted=sums[name][dimension],
                 budget=(before.level + last.offered - before.offered) / GRAINS,
@@ -142,7 +148,7 @@ def report(account: Account, now: int) -> dict[str, Any]:
                     "outside_taken": bucket.outside_taken / GRAINS,
                     "adjusted": bucket.adjusted / GRAINS,
                 }
-                for dimension, bucket in group.buckets.items()
+                for dimension, bucket in group.all_buckets.items()
             },
         }
     totals = {

@@ -11,7 +11,7 @@ from aiohttp import web
 from multidict import CIMultiDict
 
 from paceline.upstream.account import Accepted, Account, Call, ModelGroup, Overloaded, Refused
-from paceline.upstream.errors import anthropic_error, anthropic_refusal, openai_error, openai_refusal
+from paceline.upstream.errors import anthropic_code, anthropic_error, anthropic_refusal, openai_error, openai_refusal
 from paceline.upstream.headers import limit_headers, retry_headers
 from paceline.upstream.http import wire
 from paceline.upstream.http.pacing import Running
@@ -244,7 +244,8 @@ class Exchange:
         headers |= retry_headers(refused, self._api)
         organization = account.config.organization
         if self._api == "anthropic":
-            return self._error(_Stop(429, anthropic_refusal(refused, organization, call.model)), headers)
+            message = anthropic_refusal(refused, organization, call.model)
+            return self._error(_Stop(429, message, anthropic_code(refused)), headers)
         message = openai_refusal(refused, organization, call.model)
         return self._error(_Stop(429, message, "rate_limit_exceeded"), headers)
 
@@ -255,7 +256,7 @@ class Exchange:
 
     def _error(self, stop: _Stop, headers: dict[str, str] | None = None) -> web.StreamResponse:
         if self._api == "anthropic":
-            body = anthropic_error(stop.status, stop.message, self._id)
+            body = anthropic_error(stop.status, stop.message, self._id, stop.code or "")
         else:
             body = openai_error(stop.status, stop.message, stop.param, stop.code)
         return self._respond(stop.status, wire.encode(body), headers or {})
