@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from bench.workloads import WORKLOADS, LogNormal, Modulated, Span, arrivals, seeded
+from bench.workloads import CACHED, WORKLOADS, LogNormal, Modulated, Span, arrivals, seeded
 
 # Mean input (without what is cached) and mean output, as published.
 PUBLISHED = {
@@ -41,6 +41,12 @@ def test_coding_agents_read_most_of_their_input_from_the_cache() -> None:
     total, cached = sum(size.input for size in sizes), sum(size.cached for size in sizes)
     assert cached / total == pytest.approx(0.958, abs=0.01)
     assert total / len(sizes) == pytest.approx(153_700, rel=0.05)
+
+
+@pytest.mark.parametrize(("name", "part"), [("cached-80", 0.80), ("cached-96", 0.96)])
+def test_prefixes_are_the_part_of_the_input_that_their_name_says(name: str, part: float) -> None:
+    sizes = list(itertools.islice(CACHED[name].sizes(random.Random(1)), 20_000))
+    assert sum(size.cached for size in sizes) / sum(size.input for size in sizes) == pytest.approx(part, abs=0.01)
 
 
 @given(st.floats(1, 9), st.floats(0.1, 2), st.integers(10, 100_000), st.integers())

@@ -63,7 +63,7 @@ def test_version(paceline: Command, arguments: list[str]) -> None:
 def test_help(paceline: Command) -> None:
     alone, asked = paceline(), paceline("--help")
     assert (alone.code, alone.out) == (asked.code, asked.out) == (0, asked.out)
-    for command in ("serve", "config", "reserve", "pools", "ledgers", "health", "version"):
+    for command in ("serve", "config", "reserve", "pools", "limits", "advise", "ledgers", "health", "version"):
         assert f"  {command}" in alone.out
     text = " ".join(paceline("serve", "--help").out.split())
     config = Config()

@@ -45,7 +45,7 @@ class Upstream:
     def __init__(self) -> None:
         command = [PACELINE, "upstream", "--burst-seconds", "10", "--seed", "7"]
         command += ["--model-group", "sonnet:claude-sonnet-*:requests=60,input_tokens=10000000,output_tokens=10000000"]
-        for each in ("first_byte_ms=20", "tokens_per_second=0", "overload_probability=0.15"):
+        for each in ("first_byte_ms=20", "tokens_per_second=0", "overload_probability=0.06"):
             command += ["--scenario", each]
         self.process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=clean_environment())
         assert self.process.stdout is not None
@@ -146,12 +146,10 @@ async def test_the_report_has_the_numbers_of_the_upstream(
         assert int(sum(int(cell["calls"]) for cell in report["waits"]["cells"])) == by_decision["waited"]["calls"]
     else:
         assert "waited" not in by_decision
-        (denial,) = report["denials"]
-        assert denial == {
-            "reason": denial["reason"],
-            "dimension": denial.get("dimension"),
-            "calls": str(by_decision["denied"]["calls"]),
-        }
+        # A few for an overload, of which observing lets every call through all the same.
+        reasons = {denial["reason"]: int(denial["calls"]) for denial in report["denials"]}
+        assert sum(reasons.values()) == by_decision["denied"]["calls"]
+        assert reasons.keys() <= {"DENIAL_REASON_LIMIT", "DENIAL_REASON_BLOCKED"}
 
     text = (await asyncio.to_thread(paceline, "report", "--address", server, "--pool", POOL, "--by-tenant")).out
     print(text)

@@ -170,6 +170,21 @@ async def test_a_ledger_whose_owner_is_away_is_shown_as_that(nodes: Nodes) -> No
 
 
 @pytest.mark.parametrize("node", ["one", "two"])
+async def test_limits_and_advice_come_from_the_owner(nodes: Nodes, node: str) -> None:
+    await grant(nodes, "beta")
+    asked = pb.ListLimitsRequest(pool=pool_of("beta"))
+    (limits,) = (await nodes.ask(node, "ListLimits", asked, pb.ListLimitsResponse)).pools
+    assert limits.pool.name == pool_of("beta")
+    assert limits.details[0].at_risk == 1
+    everything = (await nodes.ask(node, "ListLimits", pb.ListLimitsRequest(), pb.ListLimitsResponse)).pools
+    assert {found.pool.ledger for found in everything} == set(LEDGERS)
+    (advice,) = (await nodes.ask(node, "ListAdvice", pb.ListAdviceRequest(), pb.ListAdviceResponse)).pools
+    assert (advice.pool, advice.calls) == (pool_of("beta"), 1)
+    for name, nowhere in (("ListLimits", pb.ListLimitsRequest), ("ListAdvice", pb.ListAdviceRequest)):
+        assert (await nodes.refused(node, name, nowhere(pool="x"))).code is Code.NOT_FOUND
+
+
+@pytest.mark.parametrize("node", ["one", "two"])
 async def test_lists_go_ledger_by_ledger_in_pages(nodes: Nodes, node: str) -> None:
     for ledger in LEDGERS:
         for _ in range(3):

@@ -331,6 +331,34 @@ async def test_a_drain_leads_to_the_successor(world: World) -> None:
     assert world.front.keeper.suspected == []
 
 
+async def test_a_successor_that_does_not_listen_yet_is_not_dead(world: World) -> None:
+    """Its epoch has not begun: were it taken for dead now, it would be deposed as soon as it begins."""
+    world.own(world.one, 1)
+    await until(lambda: world.front.slot.ready)
+    world.network.kill("two")
+    world.one.serving.drain(LEDGER, "two", "two")
+    await until(lambda: world.network.connects.count("two") >= 3)
+    assert world.front.keeper.suspected == []
+    world.front.keeper.tell(2, "two")
+    await until(lambda: world.front.keeper.suspected)
+    assert set(world.front.keeper.suspected) == {(LEDGER, 2)}
+
+
+async def test_a_hello_to_a_successor_is_said_once(world: World) -> None:
+    """That it owns the ledger is heard while it holds the hello back: the line is the right one already."""
+    world.own(world.one, 1)
+    await until(lambda: world.front.slot.ready)
+    world.one.serving.drain(LEDGER, "two", "two")
+    await until(lambda: "two" in world.network.connects)
+    await asyncio.sleep(0.02)
+    lines = len(world.network.connects)
+    world.front.keeper.tell(2, "two")
+    await asyncio.sleep(0.02)
+    world.two.own(2)
+    await until(lambda: world.front.slot.ready)
+    assert len(world.network.connects) == lines
+
+
 async def test_who_stops_tells_its_callers_to_ask_elsewhere(world: World) -> None:
     owner = world.own(world.one, 1)
     call = world.call(reserve("wait", 60_000_000))

@@ -98,6 +98,8 @@ def test_every_command_is_known_here() -> None:
     assert [" ".join(line.split()[:2]) for line in SHELL[5:]] == [
         "grpcurl -plaintext",
         ".venv/bin/paceline pools",
+        ".venv/bin/paceline limits",
+        ".venv/bin/paceline advise",
         REPORT,
     ]
     told = {" ".join(line.split()[:2]) for line in INLINE}
@@ -143,6 +145,15 @@ def test_the_grpcurl_line_and_the_pools(served: None) -> None:
     answer = json.loads(run(SHELL[5], 30))
     assert answer["grant"]["pool"] == "anthropic/default/sonnet-5"
     assert "sonnet-5" in run(SHELL[6], 30, COLUMNS="200")
+
+
+@pytest.mark.process
+@pytest.mark.xdist_group("port-7133")
+def test_the_limits_and_the_advice(served: None) -> None:
+    python(BLOCK + "paceline.close()\n")
+    limits, advise = SHELL[7:9]
+    assert "anthropic/default/sonnet-5 · open" in run(limits, 30)
+    assert "nothing to advise: only " in run(advise, 30)
 
 
 @pytest.mark.process

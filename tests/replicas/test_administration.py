@@ -80,8 +80,14 @@ async def test_any_server_administers_any_ledger(pair: Pair) -> None:
         assert found.reservation.state == pb.RESERVATION_STATE_OPEN
         listed = await caller.admin.ListReservations(pb.ListReservationsRequest())
         assert [each.reservation_id for each in listed.reservations] == [asked.reservation_id]
+        (limits,) = (await caller.admin.ListLimits(pb.ListLimitsRequest(pool=POOL))).pools
+        assert limits.details[0].at_risk == 1
+        (advice,) = (await caller.admin.ListAdvice(pb.ListAdviceRequest())).pools
+        assert (advice.pool, advice.calls) == (POOL, 1)
     # The one that was called knows the target, and not the one that owns the ledger.
     assert (await pair.callers[second].admin.GetPool(pb.GetPoolRequest(name=POOL))).pool.targets
+    (limits,) = (await pair.callers[second].admin.ListLimits(pb.ListLimitsRequest(pool=POOL))).pools
+    assert limits.pool.targets
     paused = await pair.callers[second].admin.PausePool(pb.PausePoolRequest(name=POOL, reason="a test"))
     assert paused.pool.state == pb.POOL_STATE_PAUSED
     for caller in pair.callers.values():

@@ -18,6 +18,7 @@ from paceline.engine.answers import Reason
 from paceline.engine.dimensions import UNLIMITED, Dimension, Window
 from paceline.engine.operations import Priority, Refusal
 from paceline.telemetry import (
+    AlertFigures,
     Endpoint,
     Figures,
     FleetFigures,
@@ -69,6 +70,7 @@ FIGURES = Figures(
         RouteFigures("other", "standby", 4, 5, resent=6, shed=8, poisoned=1),
     ),
     FleetFigures(3, {"acquired": 2, "took_over": 1, "reasserted": 4}, 9),
+    AlertFigures({("main", "threshold"): 3}, {"delivered": 2, "failed": 0, "dropped": 1}, 4),
 )
 
 
@@ -178,6 +180,20 @@ async def test_owners_and_the_ways_to_them(served: tuple[Source, Endpoint]) -> N
     # What has been seen once keeps no stale value.
     assert "paceline_nodes" not in alone
     assert "paceline_ledger_epoch" not in alone
+
+
+async def test_alerts(served: tuple[Source, Endpoint]) -> None:
+    source, endpoint = served
+    found = await scrape(endpoint)
+    assert value(found, "paceline_alerts_total", ledger="main", kind="threshold") == 3
+    assert value(found, "paceline_webhook_alerts_total", result="delivered") == 2
+    assert value(found, "paceline_webhook_alerts_total", result="failed") == 0
+    assert value(found, "paceline_webhook_alerts_total", result="dropped") == 1
+    assert value(found, "paceline_webhook_queued") == 4
+    source.figures = replace(FIGURES, alerts=AlertFigures())
+    without = await scrape(endpoint)
+    assert "paceline_webhook_queued" not in without
+    assert "paceline_webhook_alerts" not in without
 
 
 async def test_a_later_reading_shows_later_figures(served: tuple[Source, Endpoint]) -> None:

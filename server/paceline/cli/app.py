@@ -7,8 +7,10 @@ from typing import Annotated
 import typer
 
 from paceline.cli import config, ledgers
+from paceline.cli.advise import advise
 from paceline.cli.console import say
 from paceline.cli.health import health
+from paceline.cli.limits import limits
 from paceline.cli.pools import pools
 from paceline.cli.report import report
 from paceline.cli.reserve import reserve
@@ -26,6 +28,8 @@ app.command()(serve)
 app.add_typer(config.app, name="config")
 app.command()(reserve)
 app.command()(pools)
+app.command()(limits)
+app.command()(advise)
 app.add_typer(ledgers.app, name="ledgers")
 app.command()(report)
 app.command()(health)

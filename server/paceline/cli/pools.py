@@ -9,7 +9,7 @@ import typer
 
 from paceline.cli.console import say, say_json, show, table
 from paceline.cli.remote import DEFAULT_ADDRESS, Address, AsJson, Remote, Seconds, TokenFile, as_dict, connect
-from paceline.cli.words import amount, dimension_word, enum_word, present, window_word
+from paceline.cli.words import amount, dimension_word, enum_word, present, source_word, window_word
 from paceline_client.stubs import v1 as pb
 
 _COLUMNS = ("pool", "state", "dimension", "window", "limit", "burst", "level", "held", "source", "waiting")
@@ -65,7 +65,7 @@ def _rows(found: list[pb.Pool]) -> Iterator[tuple[str, ...]]:
                 amount(dimension, present(at, "burst")),
                 amount(dimension, present(at, "level")),
                 amount(dimension, at.held),
-                enum_word(pb.LimitSource, "LIMIT_SOURCE_", limit.source) if limit.source else "-",
+                source_word(limit),
                 waiting,
             )
             name = state = waiting = ""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Protocol
+from typing import Final, Protocol
 
 from google.protobuf.descriptor import EnumDescriptor
 from google.protobuf.duration_pb2 import Duration
@@ -11,6 +11,11 @@ from paceline_client.stubs import v1 as pb
 from paceline_client.stubs.google_types import money_pb2
 
 _NANO = 1_000_000_000
+_SOURCES: Final[dict[int, str]] = {
+    pb.LIMIT_SOURCE_UNSPECIFIED: "-",
+    pb.LIMIT_SOURCE_UPSTREAM: "learned",
+    pb.LIMIT_SOURCE_DEFAULT: "guessed",
+}
 
 
 class Enum(Protocol):
@@ -63,6 +68,13 @@ def money(value: money_pb2.Money) -> str:
 def present(state: pb.DimensionState, field: str) -> int | None:
     """An optional amount."""
     return int(getattr(state, field)) if state.HasField(field) else None  # type: ignore[arg-type]  # one of three names
+
+
+def source_word(limit: pb.Limit) -> str:
+    """Where the amount in force comes from."""
+    if limit.source == pb.LIMIT_SOURCE_OVERRIDE and not limit.HasField("override_limit"):
+        return "configured"
+    return _SOURCES.get(limit.source) or enum_word(pb.LimitSource, "LIMIT_SOURCE_", limit.source)
 
 
 def where(pool: str, share: str) -> str:

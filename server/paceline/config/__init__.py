@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from paceline.config.alerts import WebhookTarget, webhook_target
 from paceline.config.document import ConfigError
 from paceline.config.limits import ServerLimits
 from paceline.config.load import Report, check, load_config, token_hashes
@@ -17,6 +18,7 @@ __all__ = [
     "Report",
     "ServerLimits",
     "Shares",
+    "WebhookTarget",
     "catalogue",
     "check",
     "definitions",
@@ -25,4 +27,5 @@ __all__ = [
     "node_name",
     "peer_address",
     "token_hashes",
+    "webhook_target",
 ]

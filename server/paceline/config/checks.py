@@ -36,6 +36,7 @@ def problems(config: Config) -> Problems:
     yield from _ladders(config, known)
     yield from _modes(config, known)
     yield from _identities(config)
+    yield from _webhook(config)
     yield from _limits(config)
 
 
@@ -44,6 +45,7 @@ def notes(config: Config) -> Problems:
     known = catalogue(config)
     if not config.store.startswith("embedded:"):
         yield from _fleet(config)
+    yield from _webhook_notes(config)
     for name, account in config.accounts.items():
         provider = known.spec.providers[account_provider(config, account)]
         if account.tier is not None and not provider.tiers[account.tier].limits:
@@ -66,6 +68,22 @@ def _fleet(config: Config) -> Problems:
         yield ("peer_listen",), "servers on other machines cannot connect to it; listen beyond this machine"
     if config.away_us < config.lease_us + SECOND_US:
         yield ("away",), "is shorter than lease and a second: calls fail when a server dies"
+
+
+def _webhook(config: Config) -> Problems:
+    hook = config.alerts.webhook
+    if hook is not None and (hook.url is None) == (hook.url_env is None):
+        yield ("alerts", "webhook"), "must have one of url, url_env; keep exactly one"
+
+
+def _webhook_notes(config: Config) -> Problems:
+    hook = config.alerts.webhook
+    if hook is None:
+        return
+    if hook.secret_env is None:
+        yield ("alerts", "webhook"), "is not signed: whoever knows the address can post there; give secret_env"
+    if hook.url is not None and hook.url.startswith("http:") and urlsplit(hook.url).hostname not in _LOCAL:
+        yield ("alerts", "webhook", "url"), "is not encrypted on its way; use https"
 
 
 def _is_local(address: str) -> bool:

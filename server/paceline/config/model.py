@@ -11,6 +11,7 @@ from typing import Annotated, Literal
 
 from pydantic import BeforeValidator, Field, PrivateAttr, StrictBool
 
+from paceline.config.alerts import AlertsSpec
 from paceline.config.fields import (
     Label,
     LagDuration,
@@ -209,6 +210,7 @@ class Config(Strict):
     modes: ModesSpec = ModesSpec()
     identities: tuple[IdentitySpec, ...] = ()
     catalogue: CatalogueExtension = CatalogueExtension()
+    alerts: AlertsSpec = AlertsSpec()
     limits: ServerLimits = ServerLimits()
 
     _catalogue_files: tuple[CatalogueSpec, ...] = PrivateAttr(default=())

@@ -13,7 +13,7 @@ from pydantic_core import ErrorDetails
 from paceline.config.document import Document
 from paceline.providers.catalogue import Path
 
-_SECRET = frozenset({"store", "store_file", "token_sha256", "token_env", "token_file"})
+_SECRET = frozenset({"store", "store_file", "token_sha256", "token_env", "token_file", "url", "url_env", "secret_env"})
 _KINDS = {
     "int_type": "a whole number",
     "int_from_float": "a whole number",
@@ -96,6 +96,8 @@ def _unknown_field(details: ErrorDetails, model: type[BaseModel]) -> str:
     name = str(details["loc"][-1])
     if name == "token":
         return "tokens do not belong into this file; use token_sha256, token_env or token_file"
+    if name == "secret":
+        return "secrets do not belong into this file; use secret_env"
     owner = _model_at(model, details["loc"][:-1])
     if owner is None:
         return "is not a field; remove it"
@@ -154,6 +156,8 @@ def _shown(value: object) -> str:
 def _pattern(pattern: str) -> str:
     if "{64}" in pattern:
         return "write the 64 lower-case hexadecimal digits of a SHA-256"
+    if "." not in pattern:
+        return "write an environment variable's name: letters, digits and _"
     if "A-Z" not in pattern:
         return "use lower-case letters, digits, and . _ - between them"
     return "use letters, digits, and . _ - between them"

@@ -20,6 +20,7 @@ from google.protobuf.message import DecodeError, Message
 
 from paceline.engine.answers import Answer, Invalid, Released
 from paceline.engine.bucket import Bucket
+from paceline.engine.calendar import next_month
 from paceline.engine.dimensions import GAUGES, UNLIMITED, Dimension, Limit, Window
 from paceline.engine.operations import (
     Expire,
@@ -33,9 +34,10 @@ from paceline.engine.operations import (
 )
 from paceline.engine.state import Ended, Pool, Reservation, State
 from paceline.engine.waiting import Pending
-from paceline.frontend import report, view
+from paceline.frontend import learned, report, view
 from paceline.frontend.admin_fleet import ADMIN, Fleet, Method, NotHere, page_size, serve_call
 from paceline.frontend.admin_watch import CHANGES, Elsewhere, Hub, Trackers
+from paceline.frontend.advice import Adviser
 from paceline.frontend.auth import Authenticator
 from paceline.frontend.desk import problem_of
 from paceline.frontend.errors import Code, Problem, exhausted, invalid, missing, refused, undecodable, unexpected
@@ -53,6 +55,8 @@ from paceline.frontend.requests import duration_us, label, uuid_of
 from paceline.frontend.routing import Router, Slot
 from paceline.frontend.session import Context
 from paceline.ledger.errors import LedgerError
+from paceline.providers.schema import CatalogueSpec
+from paceline.providers.tiers import Tiers
 from paceline_client.stubs import v1 as pb
 
 SERVICE = "paceline.v1.AdminService"
@@ -75,7 +79,8 @@ Handler = Callable[[bytes], Awaitable[bytes]]
 
 
 class Admin:
-    """The service. ``provider_of`` names the provider of an account; ``fleet``: other processes own ledgers too."""
+    """The service. ``provider_of`` names the provider of an account; ``fleet``: other processes own ledgers too;
+    ``tiers``: what the catalogue says of pools; ``alerts``: what stands in a ledger, for those that watch."""
 
     def __init__(
         self,
@@ -84,8 +89,12 @@ class Admin:
         places: Places,
         provider_of: Callable[[str], str],
         fleet: Fleet | None = None,
+        tiers: Tiers | None = None,
+        alerts: Callable[[str], Iterator[tuple[str, pb.WatchEvent]]] | None = None,
     ) -> None:
         self._fleet = fleet
+        self._alerts = alerts
+        self._tiers = Tiers(CatalogueSpec(), {}) if tiers is None else tiers
         self._router = router
         self._authenticator = authenticator
         self._places = places
@@ -124,6 +133,8 @@ class Admin:
             ),
             "Explain": _method(pb.ExplainRequest, pb.ExplainResponse, self._explain),
             "GetReport": _method(pb.GetReportRequest, pb.GetReportResponse, self._get_report),
+            "ListLimits": _method(pb.ListLimitsRequest, pb.ListLimitsResponse, self._list_limits),
+            "ListAdvice": _method(pb.ListAdviceRequest, pb.ListAdviceResponse, self._list_advice),
             "FinalizeUpgrade": _method(pb.FinalizeUpgradeRequest, pb.FinalizeUpgradeResponse, self._finalize_upgrade),
             "HandOverLedger": _method(pb.HandOverLedgerRequest, pb.HandOverLedgerResponse, self._hand_over_ledger),
         }
@@ -168,6 +179,9 @@ class Admin:
         elif isinstance(answer, pb.ListPoolsResponse):
             for pool in answer.pools:
                 self._complete(pool)
+        elif isinstance(answer, pb.ListLimitsResponse):
+            for limits in answer.pools:
+                self._complete(limits.pool)
         return answer
 
     def _complete(self, pool: pb.Pool) -> None:
@@ -264,7 +278,9 @@ class Admin:
         _check_etag(request.etag, view.limit_etag(bucket))
         await self._change(slot, SetLimit(pool.name, dimension, limit))
         after = self._bucket(view.books(slot), request.limit)
-        return pb.UpdateLimitResponse(limit=view.limit(after, slot.owner.now()))
+        shown = view.limit(after, slot.owner.now())
+        learned.origin(shown, after, self._tiers)
+        return pb.UpdateLimitResponse(limit=shown)
 
     def _override(self, override: pb.LimitOverride, bucket: Bucket) -> Limit:
         if override.HasField("expires_in"):
@@ -356,20 +372,29 @@ class Admin:
             if month.timetuple()[:2] != view.timestamp(now).ToDatetime().timetuple()[:2]:
                 raise _later("month", "past months; leave it empty for the present one")
         number = state.addresses.get(("", request.share, Dimension.SPEND, Window.MONTH))
-        if number is None:
-            if request.share:
+        bucket = None if number is None else state.buckets[number]
+        cap = UNLIMITED if bucket is None else bucket.amount
+        if bucket is None and request.share:
+            # Its budget is made with the first call.
+            share = state.shares.get(request.share)
+            caps = () if share is None else share.caps
+            found = [each.amount for each in caps if each.dimension is Dimension.SPEND]
+            if not found:
                 raise missing("share: has no spend cap in this ledger")
-            return pb.GetSpendResponse(spent=money(0), held=money(0))
-        bucket = state.buckets[number]
-        spent = 0 if now >= bucket.turns_at else max(0, bucket.burst - bucket.level - bucket.held)
-        response = pb.GetSpendResponse(spent=money(spent), held=money(bucket.held))
-        if bucket.amount < UNLIMITED:
-            response.cap.CopyFrom(money(bucket.amount))
-        if now < bucket.turns_at:
-            end = view.timestamp(bucket.turns_at)
-            response.end_time.CopyFrom(end)
-            last = view.timestamp(bucket.turns_at - 1).ToDatetime()
-            response.start_time.FromDatetime(last.replace(day=1, hour=0, minute=0, second=0, microsecond=0))
+            cap = found[0]
+        response = pb.GetSpendResponse(spent=money(0), held=money(0))
+        end = next_month(now)
+        if bucket is not None:
+            response.held.CopyFrom(money(bucket.held))
+            if now < bucket.turns_at:
+                # The books turn with the first call of a month, not before.
+                end = bucket.turns_at
+                response.spent.CopyFrom(money(max(0, bucket.burst - bucket.level - bucket.held)))
+        if cap < UNLIMITED:
+            response.cap.CopyFrom(money(cap))
+        response.end_time.CopyFrom(view.timestamp(end))
+        last = view.timestamp(end - 1).ToDatetime()
+        response.start_time.FromDatetime(last.replace(day=1, hour=0, minute=0, second=0, microsecond=0))
         return response
 
     # -- reservations -------------------------------------------------------------------------------------------
@@ -514,6 +539,28 @@ class Admin:
         reports = [report.report(slots[key[0]], key, found[key]) for key in page]
         return pb.GetReportResponse(reports=reports, next_page_token=token)
 
+    async def _list_limits(self, request: pb.ListLimitsRequest) -> pb.ListLimitsResponse:
+        page, token = self._page_of_pools(request.ledger, request.pool, request.page_size, request.page_token)
+        response = pb.ListLimitsResponse(next_page_token=token)
+        for slot, state, pool in page:
+            record = None if slot.engine is None else slot.engine.stats.hindsight.demand.pools.get(pool.name)
+            shown = self.pool(slot, state, pool)
+            response.pools.append(learned.pool_limits(state, pool, shown, record, self._tiers, slot.owner.now()))
+        return response
+
+    async def _list_advice(self, request: pb.ListAdviceRequest) -> pb.ListAdviceResponse:
+        page, token = self._page_of_pools(request.ledger, request.pool, request.page_size, request.page_token)
+        response = pb.ListAdviceResponse(next_page_token=token)
+        for slot, state, pool in page:
+            if slot.engine is not None:
+                demand = slot.engine.stats.hindsight.demand
+                if request.pool or pool.name in demand.pools:
+                    adviser = Adviser(slot.account, state, demand, self._tiers, slot.owner.now())
+                    response.pools.append(adviser.advise(pool))
+                    # It looks at all pools of the ledger.
+                    await asyncio.sleep(0)
+        return response
+
     # -- what both show and change need -----------------------------------------------------------------------------
 
     def ledger(self, slot: Slot) -> pb.Ledger:
@@ -525,7 +572,10 @@ class Admin:
 
     def pool(self, slot: Slot, state: State, pool: Pool) -> pb.Pool:
         """As it is shown."""
-        return view.pool(slot, state, pool, self._targets(pool.name), self._pause_reasons.get(pool.name, ""))
+        shown = view.pool(slot, state, pool, self._targets(pool.name), self._pause_reasons.get(pool.name, ""))
+        for limit, number in zip(shown.limits, pool.buckets, strict=True):
+            learned.origin(limit, state.buckets[number], self._tiers)
+        return shown
 
     def _targets(self, pool: str) -> Iterable[pb.Target]:
         targets: dict[bytes, pb.Target] = {}
@@ -561,9 +611,22 @@ class Admin:
                 return slot, state, state.pools[name]
         away = next((slot for slot in slots if not slot.ready), None)
         if away is None:
-            raise NotHere(Code.NOT_FOUND, f"{path}: no ledger has a pool of this name")
+            raise NotHere(Code.NOT_FOUND, f"{path}: no ledger has a pool of this name; `paceline pools` lists them")
         problem = view.away(away)
         raise NotHere(problem.code, problem.message, problem.violations, problem.retry_after_us)
+
+    def _page_of_pools(
+        self, ledger: str, name: str, size: int, token: str
+    ) -> tuple[Iterable[tuple[Slot, State, Pool]], str]:
+        """One pool, or a page of those of one ledger or of all, by ledger and name."""
+        if name:
+            found = [self._pool(name, "pool")]
+            if ledger and ledger != found[0][0].account:
+                raise missing("pool: the ledger has no pool of this name")
+        else:
+            found = [(slot, state, pool) for slot, state in self._books(ledger) for pool in state.pools.values()]
+            found.sort(key=lambda each: (each[0].account, each[2].name))
+        return _page(found, size, token, lambda each: f"{each[0].account}\0{each[2].name}")
 
     @staticmethod
     def _bucket(state: State, limit: pb.DimensionRef) -> Bucket:
@@ -645,6 +708,8 @@ class Admin:
                 yield f"share\0{account}\0{share.name}", pb.WatchEvent(share=view.share(slot, state, share, ""))
             for setting in view.modes(slot, state):
                 yield f"mode\0{account}\0{setting.pool}\0{setting.tenant}", pb.WatchEvent(mode=setting)
+            if self._alerts is not None:
+                yield from self._alerts(account)
             if reservations:
                 for found in islice(state.open.values(), _MAX_WATCHED_RESERVATIONS):
                     event = pb.WatchEvent(reservation=view.opened(slot, state, found))

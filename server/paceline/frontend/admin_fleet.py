@@ -141,7 +141,11 @@ _LISTS = {
     "ListShares": "shares",
     "ListReservations": "reservations",
     "GetReport": "reports",
+    "ListLimits": "pools",
+    "ListAdvice": "pools",
 }
+_LISTS_OF_POOL = ("ListShares", "GetReport", "ListLimits", "ListAdvice")
+"""Lists that can be of one pool."""
 _RESERVATION_CHANGES = ("UpdateReservation", "CancelReservation")
 
 
@@ -317,7 +321,7 @@ class Fleet:
         ledger = _text(request, "ledger")
         if ledger:
             return await self._at(ledger, "ledger", name, request)
-        if name in ("ListShares", "GetReport") and _text(request, "pool"):
+        if name in _LISTS_OF_POOL and _text(request, "pool"):
             return await self._anywhere(name, request)
         field = _LISTS[name]
         left = page_size(_number(request, "page_size"))

@@ -415,6 +415,8 @@ def _wanted(event: pb.WatchEvent, request: pb.WatchRequest) -> bool:
         if not request.reservations:
             return False
         ledger, pool = event.reservation.ledger, event.reservation.pool
+    elif kind == "alert":
+        ledger, pool = event.alert.ledger, event.alert.limit.pool
     if request.ledgers and ledger not in request.ledgers:
         return False
     return not request.pools or not pool or pool in request.pools

@@ -10,6 +10,7 @@ from paceline.engine.state import Pool, State
 from paceline.engine.stats import WAIT_BOUNDS_US
 from paceline.frontend import desk as kinds
 from paceline.frontend.admin import Admin
+from paceline.frontend.alerts import Alerts
 from paceline.frontend.coordinator import Coordinator
 from paceline.frontend.fleet import FleetSlot
 from paceline.frontend.routing import Slot
@@ -17,6 +18,7 @@ from paceline.frontend.session import Sessions
 from paceline.ledger.keeper import Keeper
 from paceline.ledger.options import LATENCY_BUCKETS, Statistics
 from paceline.telemetry import (
+    AlertFigures,
     Figures,
     FleetFigures,
     Histogram,
@@ -38,7 +40,9 @@ _WAIT_BOUNDS = tuple(bound / 1e6 for bound in WAIT_BOUNDS_US)
 _APPEND_BOUNDS = tuple((1 << power) / 1e6 for power in range(LATENCY_BUCKETS - 1))
 
 
-def figures(slots: Iterable[Slot], traffic: Traffic, keeper: Keeper | None = None) -> Figures:
+def figures(
+    slots: Iterable[Slot], traffic: Traffic, keeper: Keeper | None = None, alerts: Alerts | None = None
+) -> Figures:
     """Everything, at this moment. ``keeper``: ledgers move between this process and others."""
     slots = list(slots)
     return Figures(
@@ -47,6 +51,7 @@ def figures(slots: Iterable[Slot], traffic: Traffic, keeper: Keeper | None = Non
         traffic,
         [_route(slot, keeper) for slot in slots],
         None if keeper is None else _fleet(keeper, slots),
+        AlertFigures() if alerts is None else _alerts(alerts),
     )
 
 
@@ -135,6 +140,15 @@ def _fleet(keeper: Keeper, slots: Iterable[Slot]) -> FleetFigures:
         "reasserted": reasserted,
     }
     return FleetFigures(len(keeper.nodes()), changes, counted.lost_records)
+
+
+def _alerts(alerts: Alerts) -> AlertFigures:
+    webhook = alerts.webhook
+    if webhook is None:
+        return AlertFigures(dict(alerts.counts))
+    counts = webhook.counts
+    posted = {"delivered": counts.delivered, "failed": counts.failed, "dropped": counts.dropped}
+    return AlertFigures(dict(alerts.counts), posted, webhook.queued)
 
 
 def _waiting(engine: Engine) -> dict[str, int]:

@@ -22,12 +22,22 @@ from grpc_health.v1._async import HealthServicer
 from grpc_reflection.v1alpha import reflection
 
 import paceline
-from paceline.config import Config, ConfigError, catalogue, definitions, expand_ladder, node_name, token_hashes
+from paceline.config import (
+    Config,
+    ConfigError,
+    catalogue,
+    definitions,
+    expand_ladder,
+    node_name,
+    token_hashes,
+    webhook_target,
+)
 from paceline.config import Shares as TenantShares
 from paceline.engine.accounting import Estimate
 from paceline.engine.engine import Caps as EngineCaps
 from paceline.frontend import admin as administration
 from paceline.frontend.admin_fleet import Fleet
+from paceline.frontend.alerts import Alerts, Webhook
 from paceline.frontend.auth import Authenticator, Identity
 from paceline.frontend.context import META_KEY, Signer, new_key
 from paceline.frontend.coordinator import SERVICE, Coordinator
@@ -58,6 +68,7 @@ from paceline.ledger.machine import EngineMachine
 from paceline.ledger.store import open_store
 from paceline.providers import Catalogue, Target
 from paceline.providers.headers import ALLOWED_HEADERS, FAMILIES, parse
+from paceline.providers.tiers import Tiers
 from paceline.telemetry import Endpoint, Figures
 from paceline_client.stubs import v1 as pb
 
@@ -78,6 +89,8 @@ _STORE_SECONDS = 30.0
 """For so long a server that starts waits for a shared store that does not answer."""
 _STORE_PAUSE_SECONDS = 1.0
 _DRAIN_POLL_SECONDS = 0.02
+_WEBHOOK_SECONDS = 2.0
+"""For the last alerts to be posted."""
 _ALONE_SECONDS = 1.0
 """Draining, with nobody there for so long: nobody comes back for what is granted."""
 
@@ -110,7 +123,11 @@ class Server:
         """Several processes may have the store open."""
         self.node = node_name(config) + ("" if worker is None else f"-{worker.index}")
         self._is_guest = worker is not None and worker.index > 0 and not self.shared
-        self.authenticator = Authenticator(_identities(config, dict(os.environ) if environ is None else environ))
+        environ = dict(os.environ) if environ is None else environ
+        self.authenticator = Authenticator(_identities(config, environ))
+        target = webhook_target(config.alerts, environ)
+        webhook = None if target is None else Webhook(target)
+        self.alerts = Alerts(lambda: self.router.slots.values(), config.alerts.thresholds, webhook, self.node)
         self.catalogue = catalogue(config, on_unknown=_unknown)
         self.health = HealthServicer()
         self.draining = False
@@ -155,6 +172,7 @@ class Server:
             await self._undo()
             raise
         self._spawn(self._refresh())
+        self._spawn(self.alerts.run())
         self._spawn(self.shares.run(self._ask_shares))
         self._health_changed()
         if self.authenticator.open and not _is_local(self.config.listen):
@@ -226,7 +244,10 @@ class Server:
         fleet: Fleet | None = None
         if membership.transport is not None:
             fleet = Fleet(membership.node, membership, membership.transport, machine.form)
-        self.admin = administration.Admin(self.router, self.authenticator, places, self._provider_of, fleet)
+        tiers = Tiers(self.catalogue.spec, self.catalogue.accounts)
+        self.admin = administration.Admin(
+            self.router, self.authenticator, places, self._provider_of, fleet, tiers, self.alerts.watched
+        )
         membership.methods.update(self.admin.peer_handlers())
         return accounts
 
@@ -270,7 +291,7 @@ class Server:
     def figures(self) -> Figures:
         """What the metrics show."""
         counted = traffic(self.coordinator, self.sessions, self.admin)
-        return figures(self.router.slots.values(), counted, self.membership.keeper)
+        return figures(self.router.slots.values(), counted, self.membership.keeper, self.alerts)
 
     def _provider_of(self, account: str) -> str:
         setup = self.catalogue.accounts.get(account)
@@ -326,7 +347,8 @@ class Server:
             await asyncio.sleep(FALLBACK_REFRESH_US / 1e6)
             self.sessions.refresh_shares()
 
-    def _phase_changed(self, _: Slot) -> None:
+    def _phase_changed(self, slot: Slot) -> None:
+        self.alerts.heard(slot)
         if self._server is not None:
             self._health_changed()
 
@@ -365,13 +387,17 @@ class Server:
         self.draining = self.desk.draining = True
         await self._tell_health()
         self.sessions.drain(int(limit * 1e6))
+        await self.alerts.look()
         await self.membership.leave(limit)
         await _until(lambda: not self._busy(), deadline)
+        await self.alerts.look()
         await self.membership.stop(max(0.5, deadline - time.monotonic()))
         await _until(
             lambda: not self.sessions.pending and not self.coordinator.running, time.monotonic() + _FLUSH_SECONDS
         )
         self.admin.close()
+        if self.alerts.webhook is not None:
+            await self.alerts.webhook.close(_WEBHOOK_SECONDS)
         if self.metrics is not None:
             await self.metrics.close()
         if self._server is not None:

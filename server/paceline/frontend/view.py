@@ -11,6 +11,7 @@ from paceline.engine.accounting import Sizes
 from paceline.engine.bucket import Bucket, EndKind
 from paceline.engine.dimensions import UNLIMITED, Dimension, Limit, Window
 from paceline.engine.operations import NO_PRICES, Mode, Priority
+from paceline.engine.pressure import pressed
 from paceline.engine.state import Ended, Pool, Reservation, Share, State
 from paceline.engine.waiting import Pending
 from paceline.frontend.errors import Problem, unavailable
@@ -116,9 +117,14 @@ def pool(slot: Slot, state: State, found: Pool, targets: Iterable[pb.Target], re
     elif found.blocked_until > now:
         message.opens_in.FromMicroseconds(found.blocked_until - now)
         if found.closed:
-            message.state, message.state_reason = pb.POOL_STATE_CLOSED, "the upstream's spend cap is reached"
+            message.state, message.state_reason = (
+                pb.POOL_STATE_CLOSED,
+                "the upstream's spend cap is reached, or it has no quota",
+            )
         else:
             message.state, message.state_reason = pb.POOL_STATE_BLOCKED, "the upstream asked to back off"
+    elif found.pressure is not None and (reason := pressed(found.pressure, now)):
+        message.state_reason = reason
     for number in found.buckets:
         message.limits.append(limit(state.buckets[number], now))
     engine = slot.engine
@@ -156,6 +162,8 @@ def dimension_state(bucket: Bucket, now: int) -> pb.DimensionState:
 def limit(bucket: Bucket, now: int) -> pb.Limit:
     """One limit and where it comes from."""
     message = pb.Limit(state=dimension_state(bucket, now), adjusted=bucket.adjusted, etag=limit_etag(bucket))
+    if bucket.is_read and (bucket.outside or bucket.constraint is not None):
+        message.outside_per_minute = bucket.outside
     if bucket.override:
         message.source = pb.LIMIT_SOURCE_OVERRIDE
         message.override_limit, message.override_burst = bucket.amount, bucket.burst

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from paceline.telemetry.endpoint import Endpoint
 from paceline.telemetry.figures import (
+    AlertFigures,
     Figures,
     FleetFigures,
     Histogram,
@@ -20,6 +21,7 @@ from paceline.telemetry.figures import (
 from paceline.telemetry.logs import set_up_logging
 
 __all__ = [
+    "AlertFigures",
     "Endpoint",
     "Figures",
     "FleetFigures",

@@ -9,8 +9,10 @@ from typing import TypeVar
 
 from paceline.engine.dimensions import UNLIMITED, Dimension
 from paceline.telemetry.figures import (
+    ALERT_KINDS,
     OWNER_CHANGES,
     POOL_STATES,
+    POSTED,
     ROLES,
     Figures,
     Histogram,
@@ -555,6 +557,30 @@ METRICS: tuple[Metric | HistogramMetric, ...] = (
         lambda figures: () if figures.fleet is None else (((), figures.fleet.nodes),),
         Kind.GAUGE,
     ),
+    # alerts
+    Metric(
+        "paceline.alerts",
+        "{alert}",
+        "Alerts that were told: a threshold or a cap was reached, or the upstream moved a limit.",
+        ("ledger", "kind"),
+        lambda figures: figures.alerts.told.items(),
+    ),
+    Metric(
+        "paceline.webhook.alerts",
+        "{alert}",
+        "Alerts by what became of them at the webhook; dropped are those for which the queue had no place. Absent "
+        "without a webhook.",
+        ("result",),
+        lambda figures: (((result,), count) for result, count in figures.alerts.posted.items()),
+    ),
+    Metric(
+        "paceline.webhook.queued",
+        "{alert}",
+        "Alerts that wait to be posted. Absent without a webhook.",
+        (),
+        lambda figures: (((), figures.alerts.queued),) if figures.alerts.posted else (),
+        Kind.GAUGE,
+    ),
     # the front end
     Metric(
         "paceline.requests",
@@ -602,12 +628,14 @@ LABELS = {
     "reason": "of a denial: that of `DenialReason`; of a rejection: busy, unavailable, fault",
     "role": ", ".join(ROLES),
     "change": ", ".join(OWNER_CHANGES),
-    "cause": "budget, overload, spend, other",
+    "cause": "budget, overload, spend, ramp, concurrency, no_quota, other",
     "dimension": "requests, input_tokens, output_tokens, tokens, concurrency, queued_requests, spend",
     "window": "minute, day, month, or none for a gauge",
     "state": ", ".join(POOL_STATES),
     "rpc": "a method of the contract",
     "operation": "reserve, commit, release, renew, observe",
     "status": "a gRPC status, like OK or UNAVAILABLE",
+    "kind": ", ".join(ALERT_KINDS),
+    "result": ", ".join(POSTED),
 }
 """What each label says. Tenants, routes, shares and ids are never labels: there is no bound to them."""

@@ -19,6 +19,8 @@ POOL_STATES: tuple[PoolState, ...] = ("open", "blocked", "closed", "paused")
 Role = str
 """One of :data:`ROLES`."""
 ROLES: tuple[Role, ...] = ("owner", "standby", "front_end")
+ALERT_KINDS = ("threshold", "cap_reached", "limit_moved")
+POSTED = ("delivered", "failed", "dropped")
 OWNER_CHANGES = ("acquired", "took_over", "handed_over", "deposed", "reasserted")
 
 
@@ -136,6 +138,17 @@ class Traffic:
 
 
 @dataclass(frozen=True, slots=True)
+class AlertFigures:
+    """Alerts of the ledgers that are owned here, since the start of the process."""
+
+    told: Mapping[tuple[str, str], int] = field(default_factory=dict)
+    """By ledger and kind."""
+    posted: Mapping[str, int] = field(default_factory=dict)
+    """By one of :data:`POSTED`. Empty: there is no webhook."""
+    queued: int = 0
+
+
+@dataclass(frozen=True, slots=True)
 class Figures:
     """Everything, at one moment."""
 
@@ -145,3 +158,4 @@ class Figures:
     routes: Sequence[RouteFigures] = ()
     fleet: FleetFigures | None = None
     """``None``: no other process owns ledgers of this store."""
+    alerts: AlertFigures = field(default_factory=AlertFigures)

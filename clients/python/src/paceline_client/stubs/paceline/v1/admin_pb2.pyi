@@ -103,7 +103,9 @@ class _LimitSourceEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_LimitSour
     LIMIT_SOURCE_TIER: _LimitSource.ValueType  # 3
     """The configured tier."""
     LIMIT_SOURCE_DEFAULT: _LimitSource.ValueType  # 4
-    """A cautious default."""
+    """A cautious default: nobody has said it."""
+    LIMIT_SOURCE_RAMP: _LimitSource.ValueType  # 5
+    """Lowered by the upstream for growing too fast; it climbs again."""
 
 class LimitSource(_LimitSource, metaclass=_LimitSourceEnumTypeWrapper):
     """Where the value of a limit comes from."""
@@ -117,7 +119,9 @@ LIMIT_SOURCE_UPSTREAM: LimitSource.ValueType  # 2
 LIMIT_SOURCE_TIER: LimitSource.ValueType  # 3
 """The configured tier."""
 LIMIT_SOURCE_DEFAULT: LimitSource.ValueType  # 4
-"""A cautious default."""
+"""A cautious default: nobody has said it."""
+LIMIT_SOURCE_RAMP: LimitSource.ValueType  # 5
+"""Lowered by the upstream for growing too fast; it climbs again."""
 Global___LimitSource: _TypeAlias = LimitSource  # noqa: Y015
 
 class _ReservationState:
@@ -219,6 +223,70 @@ DECISION_DENIED: Decision.ValueType  # 3
 DECISION_UNKNOWN: Decision.ValueType  # 4
 """The call was made without a grant, or its decision is no longer known."""
 Global___Decision: _TypeAlias = Decision  # noqa: Y015
+
+class _AdviceKind:
+    ValueType = _typing.NewType("ValueType", _builtins.int)
+    V: _TypeAlias = ValueType  # noqa: Y015
+
+class _AdviceKindEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_AdviceKind.ValueType], _builtins.type):
+    DESCRIPTOR: _descriptor.EnumDescriptor
+    ADVICE_KIND_UNSPECIFIED: _AdviceKind.ValueType  # 0
+    """Not set."""
+    ADVICE_KIND_TIER: _AdviceKind.ValueType  # 1
+    """A higher usage tier of the provider."""
+    ADVICE_KIND_CACHING: _AdviceKind.ValueType  # 2
+    """Prompt caching."""
+    ADVICE_KIND_MERGING: _AdviceKind.ValueType  # 3
+    """Several calls in one."""
+    ADVICE_KIND_OTHER_POOL: _AdviceKind.ValueType  # 4
+    """Another pool of the account, of a model that costs no more."""
+    ADVICE_KIND_SHARE: _AdviceKind.ValueType  # 5
+    """The cap of a share."""
+
+class AdviceKind(_AdviceKind, metaclass=_AdviceKindEnumTypeWrapper):
+    """What an advice is about."""
+
+ADVICE_KIND_UNSPECIFIED: AdviceKind.ValueType  # 0
+"""Not set."""
+ADVICE_KIND_TIER: AdviceKind.ValueType  # 1
+"""A higher usage tier of the provider."""
+ADVICE_KIND_CACHING: AdviceKind.ValueType  # 2
+"""Prompt caching."""
+ADVICE_KIND_MERGING: AdviceKind.ValueType  # 3
+"""Several calls in one."""
+ADVICE_KIND_OTHER_POOL: AdviceKind.ValueType  # 4
+"""Another pool of the account, of a model that costs no more."""
+ADVICE_KIND_SHARE: AdviceKind.ValueType  # 5
+"""The cap of a share."""
+Global___AdviceKind: _TypeAlias = AdviceKind  # noqa: Y015
+
+class _AlertKind:
+    ValueType = _typing.NewType("ValueType", _builtins.int)
+    V: _TypeAlias = ValueType  # noqa: Y015
+
+class _AlertKindEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_AlertKind.ValueType], _builtins.type):
+    DESCRIPTOR: _descriptor.EnumDescriptor
+    ALERT_KIND_UNSPECIFIED: _AlertKind.ValueType  # 0
+    """Not set."""
+    ALERT_KIND_THRESHOLD: _AlertKind.ValueType  # 1
+    """What is used of it has reached a threshold. It stands until the use is five points below, or the month turns."""
+    ALERT_KIND_CAP_REACHED: _AlertKind.ValueType  # 2
+    """Calls are denied, because what is left of a budget for a day or a month is not enough for them."""
+    ALERT_KIND_LIMIT_MOVED: _AlertKind.ValueType  # 3
+    """The upstream has told another amount than before. It stands for ten minutes."""
+
+class AlertKind(_AlertKind, metaclass=_AlertKindEnumTypeWrapper):
+    """What happened to a limit."""
+
+ALERT_KIND_UNSPECIFIED: AlertKind.ValueType  # 0
+"""Not set."""
+ALERT_KIND_THRESHOLD: AlertKind.ValueType  # 1
+"""What is used of it has reached a threshold. It stands until the use is five points below, or the month turns."""
+ALERT_KIND_CAP_REACHED: AlertKind.ValueType  # 2
+"""Calls are denied, because what is left of a budget for a day or a month is not enough for them."""
+ALERT_KIND_LIMIT_MOVED: AlertKind.ValueType  # 3
+"""The upstream has told another amount than before. It stands for ten minutes."""
+Global___AlertKind: _TypeAlias = AlertKind  # noqa: Y015
 
 @_typing.final
 class Ledger(_message.Message):
@@ -2027,6 +2095,7 @@ class WatchEvent(_message.Message):
     SHARE_FIELD_NUMBER: _builtins.int
     RESERVATION_FIELD_NUMBER: _builtins.int
     MODE_FIELD_NUMBER: _builtins.int
+    ALERT_FIELD_NUMBER: _builtins.int
     REMOVED_FIELD_NUMBER: _builtins.int
     removed: _builtins.bool
     """The thing is gone: only the fields that name it are set."""
@@ -2054,6 +2123,10 @@ class WatchEvent(_message.Message):
     def mode(self) -> Global___ModeSetting:
         """The setting of a mode."""
 
+    @_builtins.property
+    def alert(self) -> Global___Alert:
+        """What operators want to know of a limit, for as long as it stands. It is removed when it stands no more."""
+
     def __init__(
         self,
         *,
@@ -2063,13 +2136,14 @@ class WatchEvent(_message.Message):
         share: Global___Share | None = ...,
         reservation: Global___Reservation | None = ...,
         mode: Global___ModeSetting | None = ...,
+        alert: Global___Alert | None = ...,
         removed: _builtins.bool = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["ledger", b"ledger", "mode", b"mode", "pool", b"pool", "reservation", b"reservation", "resource", b"resource", "share", b"share", "time", b"time"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["alert", b"alert", "ledger", b"ledger", "mode", b"mode", "pool", b"pool", "reservation", b"reservation", "resource", b"resource", "share", b"share", "time", b"time"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["ledger", b"ledger", "mode", b"mode", "pool", b"pool", "removed", b"removed", "reservation", b"reservation", "resource", b"resource", "share", b"share", "time", b"time"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["alert", b"alert", "ledger", b"ledger", "mode", b"mode", "pool", b"pool", "removed", b"removed", "reservation", b"reservation", "resource", b"resource", "share", b"share", "time", b"time"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    _WhichOneofReturnType_resource: _TypeAlias = _typing.Literal["ledger", "pool", "share", "reservation", "mode"]  # noqa: Y015
+    _WhichOneofReturnType_resource: _TypeAlias = _typing.Literal["ledger", "pool", "share", "reservation", "mode", "alert"]  # noqa: Y015
     _WhichOneofArgType_resource: _TypeAlias = _typing.Literal["resource", b"resource"]  # noqa: Y015
     def WhichOneof(self, oneof_group: _WhichOneofArgType_resource) -> _WhichOneofReturnType_resource | None: ...
 
@@ -2444,3 +2518,638 @@ class HandOverLedgerResponse(_message.Message):
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___HandOverLedgerResponse: _TypeAlias = HandOverLedgerResponse  # noqa: Y015
+
+@_typing.final
+class ListLimitsRequest(_message.Message):
+    """Request of ListLimits."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    LEDGER_FIELD_NUMBER: _builtins.int
+    POOL_FIELD_NUMBER: _builtins.int
+    PAGE_SIZE_FIELD_NUMBER: _builtins.int
+    PAGE_TOKEN_FIELD_NUMBER: _builtins.int
+    ledger: _builtins.str
+    """Name of the ledger. Empty: every ledger."""
+    pool: _builtins.str
+    """Name of the pool. Empty: every pool."""
+    page_size: _builtins.int
+    """The most pools in one answer. Zero: 100."""
+    page_token: _builtins.str
+    """Where to go on. Empty: the first page."""
+    def __init__(
+        self,
+        *,
+        ledger: _builtins.str = ...,
+        pool: _builtins.str = ...,
+        page_size: _builtins.int = ...,
+        page_token: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["ledger", b"ledger", "page_size", b"page_size", "page_token", b"page_token", "pool", b"pool"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___ListLimitsRequest: _TypeAlias = ListLimitsRequest  # noqa: Y015
+
+@_typing.final
+class ListLimitsResponse(_message.Message):
+    """Answer to ListLimits."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    POOLS_FIELD_NUMBER: _builtins.int
+    NEXT_PAGE_TOKEN_FIELD_NUMBER: _builtins.int
+    next_page_token: _builtins.str
+    """Where to go on. Empty: this was the last page."""
+    @_builtins.property
+    def pools(self) -> _containers.RepeatedCompositeFieldContainer[Global___PoolLimits]:
+        """The pools."""
+
+    def __init__(
+        self,
+        *,
+        pools: _abc.Iterable[Global___PoolLimits] | None = ...,
+        next_page_token: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["next_page_token", b"next_page_token", "pools", b"pools"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___ListLimitsResponse: _TypeAlias = ListLimitsResponse  # noqa: Y015
+
+@_typing.final
+class PoolLimits(_message.Message):
+    """A pool's limits, and why they are what they are."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    POOL_FIELD_NUMBER: _builtins.int
+    DETAILS_FIELD_NUMBER: _builtins.int
+    TIER_FIELD_NUMBER: _builtins.int
+    BINDING_FIELD_NUMBER: _builtins.int
+    RECENTLY_FIELD_NUMBER: _builtins.int
+    RECENT_SPAN_FIELD_NUMBER: _builtins.int
+    binding: _common_pb2.Dimension.ValueType
+    """The limit that has the least left, as a part of its burst. Unspecified: the pool has no limit."""
+    @_builtins.property
+    def pool(self) -> Global___Pool:
+        """The pool, with its limits."""
+
+    @_builtins.property
+    def details(self) -> _containers.RepeatedCompositeFieldContainer[Global___LimitDetail]:
+        """More of each limit, in the order of `pool.limits`."""
+
+    @_builtins.property
+    def tier(self) -> Global___TierMatch:
+        """How the limits in force compare with the usage tiers that the catalogue has for this pool. Absent: it has none."""
+
+    @_builtins.property
+    def recently(self) -> _containers.RepeatedCompositeFieldContainer[Global___HeldBack]:
+        """What held calls back lately; the most first. Empty: nothing."""
+
+    @_builtins.property
+    def recent_span(self) -> _duration_pb2.Duration:
+        """How far back "lately" goes. Absent: nothing is recorded of the pool yet."""
+
+    def __init__(
+        self,
+        *,
+        pool: Global___Pool | None = ...,
+        details: _abc.Iterable[Global___LimitDetail] | None = ...,
+        tier: Global___TierMatch | None = ...,
+        binding: _common_pb2.Dimension.ValueType = ...,
+        recently: _abc.Iterable[Global___HeldBack] | None = ...,
+        recent_span: _duration_pb2.Duration | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["pool", b"pool", "recent_span", b"recent_span", "tier", b"tier"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["binding", b"binding", "details", b"details", "pool", b"pool", "recent_span", b"recent_span", "recently", b"recently", "tier", b"tier"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___PoolLimits: _TypeAlias = PoolLimits  # noqa: Y015
+
+@_typing.final
+class LimitDetail(_message.Message):
+    """What is known of one limit beside its state."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    LIMIT_FIELD_NUMBER: _builtins.int
+    CONFIGURED_LIMIT_FIELD_NUMBER: _builtins.int
+    CLAIMED_LIMIT_FIELD_NUMBER: _builtins.int
+    LAPSES_IN_FIELD_NUMBER: _builtins.int
+    OVER_FIELD_NUMBER: _builtins.int
+    AT_RISK_FIELD_NUMBER: _builtins.int
+    READING_FIELD_NUMBER: _builtins.int
+    configured_limit: _builtins.int
+    """The amount that the configuration gives, per window. Absent: none. Unit: that of the dimension."""
+    claimed_limit: _builtins.int
+    """A higher amount that one reading has claimed; it rules once a second one says the same. Absent: none. Unit: that of the
+    dimension.
+    """
+    over: _builtins.int
+    """What the upstream may count of calls that are open, beyond what they hold. Unit: that of the dimension."""
+    at_risk: _builtins.int
+    """All that the upstream may yet count of calls that are open: what they hold, and `over`. Unit: that of the dimension."""
+    @_builtins.property
+    def limit(self) -> _common_pb2.DimensionRef:
+        """The limit."""
+
+    @_builtins.property
+    def lapses_in(self) -> _duration_pb2.Duration:
+        """When a learned restriction ends unless a reading confirms it, counted from the sending of this answer. Absent: there is none."""
+
+    @_builtins.property
+    def reading(self) -> Global___Reading:
+        """The newest reading of the level. Absent: there is none that still stands."""
+
+    def __init__(
+        self,
+        *,
+        limit: _common_pb2.DimensionRef | None = ...,
+        configured_limit: _builtins.int | None = ...,
+        claimed_limit: _builtins.int | None = ...,
+        lapses_in: _duration_pb2.Duration | None = ...,
+        over: _builtins.int = ...,
+        at_risk: _builtins.int = ...,
+        reading: Global___Reading | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_claimed_limit", b"_claimed_limit", "_configured_limit", b"_configured_limit", "claimed_limit", b"claimed_limit", "configured_limit", b"configured_limit", "lapses_in", b"lapses_in", "limit", b"limit", "reading", b"reading"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_claimed_limit", b"_claimed_limit", "_configured_limit", b"_configured_limit", "at_risk", b"at_risk", "claimed_limit", b"claimed_limit", "configured_limit", b"configured_limit", "lapses_in", b"lapses_in", "limit", b"limit", "over", b"over", "reading", b"reading"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    _WhichOneofReturnType__claimed_limit: _TypeAlias = _typing.Literal["claimed_limit"]  # noqa: Y015
+    _WhichOneofArgType__claimed_limit: _TypeAlias = _typing.Literal["_claimed_limit", b"_claimed_limit"]  # noqa: Y015
+    _WhichOneofReturnType__configured_limit: _TypeAlias = _typing.Literal["configured_limit"]  # noqa: Y015
+    _WhichOneofArgType__configured_limit: _TypeAlias = _typing.Literal["_configured_limit", b"_configured_limit"]  # noqa: Y015
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__claimed_limit) -> _WhichOneofReturnType__claimed_limit | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__configured_limit) -> _WhichOneofReturnType__configured_limit | None: ...
+
+Global___LimitDetail: _TypeAlias = LimitDetail  # noqa: Y015
+
+@_typing.final
+class Reading(_message.Message):
+    """What the upstream said of a level, and what follows for it now."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    AGE_FIELD_NUMBER: _builtins.int
+    LOWER_FIELD_NUMBER: _builtins.int
+    UPPER_FIELD_NUMBER: _builtins.int
+    ROUNDING_FIELD_NUMBER: _builtins.int
+    lower: _builtins.int
+    """The least that the level can be now, by this reading. Absent: not bounded. Unit: that of the dimension."""
+    upper: _builtins.int
+    """The most that the level can be now, by this reading. Absent: not bounded. Unit: that of the dimension."""
+    rounding: _builtins.int
+    """To what the upstream rounds. Zero: not at all. Unit: that of the dimension."""
+    @_builtins.property
+    def age(self) -> _duration_pb2.Duration:
+        """How old it is."""
+
+    def __init__(
+        self,
+        *,
+        age: _duration_pb2.Duration | None = ...,
+        lower: _builtins.int | None = ...,
+        upper: _builtins.int | None = ...,
+        rounding: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_lower", b"_lower", "_upper", b"_upper", "age", b"age", "lower", b"lower", "upper", b"upper"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_lower", b"_lower", "_upper", b"_upper", "age", b"age", "lower", b"lower", "rounding", b"rounding", "upper", b"upper"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    _WhichOneofReturnType__lower: _TypeAlias = _typing.Literal["lower"]  # noqa: Y015
+    _WhichOneofArgType__lower: _TypeAlias = _typing.Literal["_lower", b"_lower"]  # noqa: Y015
+    _WhichOneofReturnType__upper: _TypeAlias = _typing.Literal["upper"]  # noqa: Y015
+    _WhichOneofArgType__upper: _TypeAlias = _typing.Literal["_upper", b"_upper"]  # noqa: Y015
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__lower) -> _WhichOneofReturnType__lower | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__upper) -> _WhichOneofReturnType__upper | None: ...
+
+Global___Reading: _TypeAlias = Reading  # noqa: Y015
+
+@_typing.final
+class TierMatch(_message.Message):
+    """Where limits stand among the usage tiers of the catalogue. Only dimensions that a tier states are compared."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    CONFIGURED_FIELD_NUMBER: _builtins.int
+    EQUAL_FIELD_NUMBER: _builtins.int
+    AT_LEAST_FIELD_NUMBER: _builtins.int
+    AT_MOST_FIELD_NUMBER: _builtins.int
+    configured: _builtins.str
+    """The tier that the configuration names for the account. Empty: none."""
+    at_least: _builtins.str
+    """The largest tier of which no limit is above those in force. Empty: none, or `equal` is not empty."""
+    at_most: _builtins.str
+    """The smallest tier of which no limit is below those in force. Empty: none, or `equal` is not empty."""
+    @_builtins.property
+    def equal(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
+        """Tiers whose limits are exactly those in force."""
+
+    def __init__(
+        self,
+        *,
+        configured: _builtins.str = ...,
+        equal: _abc.Iterable[_builtins.str] | None = ...,
+        at_least: _builtins.str = ...,
+        at_most: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["at_least", b"at_least", "at_most", b"at_most", "configured", b"configured", "equal", b"equal"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___TierMatch: _TypeAlias = TierMatch  # noqa: Y015
+
+@_typing.final
+class HeldBack(_message.Message):
+    """Calls that one limit held back: they waited or were denied for it; in observe mode: would have."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    DIMENSION_FIELD_NUMBER: _builtins.int
+    SHARE_FIELD_NUMBER: _builtins.int
+    WAITED_FIELD_NUMBER: _builtins.int
+    DENIED_FIELD_NUMBER: _builtins.int
+    WAIT_FIELD_NUMBER: _builtins.int
+    MINUTES_FIELD_NUMBER: _builtins.int
+    dimension: _common_pb2.Dimension.ValueType
+    """The limited quantity."""
+    share: _builtins.bool
+    """It was the cap of a share, not the pool's own limit. Denials for either count for the pool."""
+    waited: _builtins.int
+    """Calls that waited. Unit: calls."""
+    denied: _builtins.int
+    """Calls that were denied. Unit: calls."""
+    minutes: _builtins.int
+    """Different minutes in which it held a call back. Zero: not known, or none. Unit: minutes."""
+    @_builtins.property
+    def wait(self) -> _duration_pb2.Duration:
+        """How long calls waited for it in all. Absent: not known, or not at all."""
+
+    def __init__(
+        self,
+        *,
+        dimension: _common_pb2.Dimension.ValueType = ...,
+        share: _builtins.bool = ...,
+        waited: _builtins.int = ...,
+        denied: _builtins.int = ...,
+        wait: _duration_pb2.Duration | None = ...,
+        minutes: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["wait", b"wait"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["denied", b"denied", "dimension", b"dimension", "minutes", b"minutes", "share", b"share", "wait", b"wait", "waited", b"waited"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___HeldBack: _TypeAlias = HeldBack  # noqa: Y015
+
+@_typing.final
+class ListAdviceRequest(_message.Message):
+    """Request of ListAdvice."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    LEDGER_FIELD_NUMBER: _builtins.int
+    POOL_FIELD_NUMBER: _builtins.int
+    PAGE_SIZE_FIELD_NUMBER: _builtins.int
+    PAGE_TOKEN_FIELD_NUMBER: _builtins.int
+    ledger: _builtins.str
+    """Name of the ledger. Empty: every ledger."""
+    pool: _builtins.str
+    """Name of the pool. Empty: every pool."""
+    page_size: _builtins.int
+    """The most pools in one answer. Zero: 100."""
+    page_token: _builtins.str
+    """Where to go on. Empty: the first page."""
+    def __init__(
+        self,
+        *,
+        ledger: _builtins.str = ...,
+        pool: _builtins.str = ...,
+        page_size: _builtins.int = ...,
+        page_token: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["ledger", b"ledger", "page_size", b"page_size", "page_token", b"page_token", "pool", b"pool"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___ListAdviceRequest: _TypeAlias = ListAdviceRequest  # noqa: Y015
+
+@_typing.final
+class ListAdviceResponse(_message.Message):
+    """Answer to ListAdvice."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    POOLS_FIELD_NUMBER: _builtins.int
+    NEXT_PAGE_TOKEN_FIELD_NUMBER: _builtins.int
+    next_page_token: _builtins.str
+    """Where to go on. Empty: this was the last page."""
+    @_builtins.property
+    def pools(self) -> _containers.RepeatedCompositeFieldContainer[Global___PoolAdvice]:
+        """The pools that had calls."""
+
+    def __init__(
+        self,
+        *,
+        pools: _abc.Iterable[Global___PoolAdvice] | None = ...,
+        next_page_token: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["next_page_token", b"next_page_token", "pools", b"pools"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___ListAdviceResponse: _TypeAlias = ListAdviceResponse  # noqa: Y015
+
+@_typing.final
+class PoolAdvice(_message.Message):
+    """What would let more calls through one pool, and the record that says so."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    LEDGER_FIELD_NUMBER: _builtins.int
+    POOL_FIELD_NUMBER: _builtins.int
+    START_TIME_FIELD_NUMBER: _builtins.int
+    CALLS_FIELD_NUMBER: _builtins.int
+    HELD_BACK_FIELD_NUMBER: _builtins.int
+    USAGE_FIELD_NUMBER: _builtins.int
+    ADVICE_FIELD_NUMBER: _builtins.int
+    NOTHING_FIELD_NUMBER: _builtins.int
+    ledger: _builtins.str
+    """Name of the ledger."""
+    pool: _builtins.str
+    """Name of the pool."""
+    calls: _builtins.int
+    """Calls that were decided. Unit: calls."""
+    nothing: _builtins.str
+    """Why there is none, for people, in English. Not to be parsed."""
+    @_builtins.property
+    def start_time(self) -> _timestamp_pb2.Timestamp:
+        """When the record of the pool began."""
+
+    @_builtins.property
+    def held_back(self) -> _containers.RepeatedCompositeFieldContainer[Global___HeldBack]:
+        """What held calls back; the most first."""
+
+    @_builtins.property
+    def usage(self) -> Global___UsageTotals:
+        """What calls used. Absent: no usage was reported."""
+
+    @_builtins.property
+    def advice(self) -> _containers.RepeatedCompositeFieldContainer[Global___Advice]:
+        """The advice, what helps the most first."""
+
+    def __init__(
+        self,
+        *,
+        ledger: _builtins.str = ...,
+        pool: _builtins.str = ...,
+        start_time: _timestamp_pb2.Timestamp | None = ...,
+        calls: _builtins.int = ...,
+        held_back: _abc.Iterable[Global___HeldBack] | None = ...,
+        usage: Global___UsageTotals | None = ...,
+        advice: _abc.Iterable[Global___Advice] | None = ...,
+        nothing: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["start_time", b"start_time", "usage", b"usage"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["advice", b"advice", "calls", b"calls", "held_back", b"held_back", "ledger", b"ledger", "nothing", b"nothing", "pool", b"pool", "start_time", b"start_time", "usage", b"usage"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___PoolAdvice: _TypeAlias = PoolAdvice  # noqa: Y015
+
+@_typing.final
+class UsageTotals(_message.Message):
+    """What calls used in all, as the provider's responses said."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    CALLS_FIELD_NUMBER: _builtins.int
+    MINUTES_FIELD_NUMBER: _builtins.int
+    INPUT_TOKENS_FIELD_NUMBER: _builtins.int
+    CACHE_READ_TOKENS_FIELD_NUMBER: _builtins.int
+    CACHE_WRITE_TOKENS_FIELD_NUMBER: _builtins.int
+    OUTPUT_TOKENS_FIELD_NUMBER: _builtins.int
+    calls: _builtins.int
+    """Calls whose usage was reported. Unit: calls."""
+    minutes: _builtins.int
+    """Different minutes in which there were any. Unit: minutes."""
+    input_tokens: _builtins.int
+    """Input tokens neither read from nor written to the cache. Unit: tokens."""
+    cache_read_tokens: _builtins.int
+    """Tokens read from the cache. Unit: tokens."""
+    cache_write_tokens: _builtins.int
+    """Tokens written to the cache. Unit: tokens."""
+    output_tokens: _builtins.int
+    """Tokens produced. Unit: tokens."""
+    def __init__(
+        self,
+        *,
+        calls: _builtins.int = ...,
+        minutes: _builtins.int = ...,
+        input_tokens: _builtins.int = ...,
+        cache_read_tokens: _builtins.int = ...,
+        cache_write_tokens: _builtins.int = ...,
+        output_tokens: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["cache_read_tokens", b"cache_read_tokens", "cache_write_tokens", b"cache_write_tokens", "calls", b"calls", "input_tokens", b"input_tokens", "minutes", b"minutes", "output_tokens", b"output_tokens"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___UsageTotals: _TypeAlias = UsageTotals  # noqa: Y015
+
+@_typing.final
+class Advice(_message.Message):
+    """One advice with its figures."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    KIND_FIELD_NUMBER: _builtins.int
+    DIMENSION_FIELD_NUMBER: _builtins.int
+    MESSAGE_FIELD_NUMBER: _builtins.int
+    NAME_FIELD_NUMBER: _builtins.int
+    LIMIT_FIELD_NUMBER: _builtins.int
+    CALLS_PER_MINUTE_FIELD_NUMBER: _builtins.int
+    CALLS_PER_MINUTE_THEN_FIELD_NUMBER: _builtins.int
+    CACHING_FIELD_NUMBER: _builtins.int
+    CALLS_TO_MERGE_FIELD_NUMBER: _builtins.int
+    COST_FIELD_NUMBER: _builtins.int
+    COST_THEN_FIELD_NUMBER: _builtins.int
+    kind: Global___AdviceKind.ValueType
+    """What it is about."""
+    dimension: _common_pb2.Dimension.ValueType
+    """The limit that it concerns. Unspecified: all of the pool."""
+    message: _builtins.str
+    """The advice, for people, in English. Not to be parsed."""
+    name: _builtins.str
+    """TIER: the tier. OTHER_POOL: the pool."""
+    limit: _builtins.int
+    """TIER: the limit there, per window. Absent: not a matter of this kind. Unit: that of the dimension."""
+    calls_per_minute: _builtins.int
+    """TIER: calls per minute that the limits in force let through, of the recorded mean size. Absent: not known. Unit: calls."""
+    calls_per_minute_then: _builtins.int
+    """TIER: the same there. Absent: not known. Unit: calls."""
+    calls_to_merge: _builtins.int
+    """MERGING: calls to make one of. Absent: not a matter of this kind. Unit: calls."""
+    @_builtins.property
+    def caching(self) -> _containers.RepeatedCompositeFieldContainer[Global___CachingEffect]:
+        """CACHING: what would be freed."""
+
+    @_builtins.property
+    def cost(self) -> _money_pb2.Money:
+        """OTHER_POOL: what the recorded tokens cost by the prices of this pool, and by those there. Absent: not of this kind."""
+
+    @_builtins.property
+    def cost_then(self) -> _money_pb2.Money:
+        """OTHER_POOL: see `cost`."""
+
+    def __init__(
+        self,
+        *,
+        kind: Global___AdviceKind.ValueType = ...,
+        dimension: _common_pb2.Dimension.ValueType = ...,
+        message: _builtins.str = ...,
+        name: _builtins.str = ...,
+        limit: _builtins.int | None = ...,
+        calls_per_minute: _builtins.int | None = ...,
+        calls_per_minute_then: _builtins.int | None = ...,
+        caching: _abc.Iterable[Global___CachingEffect] | None = ...,
+        calls_to_merge: _builtins.int | None = ...,
+        cost: _money_pb2.Money | None = ...,
+        cost_then: _money_pb2.Money | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_calls_per_minute", b"_calls_per_minute", "_calls_per_minute_then", b"_calls_per_minute_then", "_calls_to_merge", b"_calls_to_merge", "_limit", b"_limit", "calls_per_minute", b"calls_per_minute", "calls_per_minute_then", b"calls_per_minute_then", "calls_to_merge", b"calls_to_merge", "cost", b"cost", "cost_then", b"cost_then", "limit", b"limit"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_calls_per_minute", b"_calls_per_minute", "_calls_per_minute_then", b"_calls_per_minute_then", "_calls_to_merge", b"_calls_to_merge", "_limit", b"_limit", "caching", b"caching", "calls_per_minute", b"calls_per_minute", "calls_per_minute_then", b"calls_per_minute_then", "calls_to_merge", b"calls_to_merge", "cost", b"cost", "cost_then", b"cost_then", "dimension", b"dimension", "kind", b"kind", "limit", b"limit", "message", b"message", "name", b"name"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    _WhichOneofReturnType__calls_per_minute: _TypeAlias = _typing.Literal["calls_per_minute"]  # noqa: Y015
+    _WhichOneofArgType__calls_per_minute: _TypeAlias = _typing.Literal["_calls_per_minute", b"_calls_per_minute"]  # noqa: Y015
+    _WhichOneofReturnType__calls_per_minute_then: _TypeAlias = _typing.Literal["calls_per_minute_then"]  # noqa: Y015
+    _WhichOneofArgType__calls_per_minute_then: _TypeAlias = _typing.Literal["_calls_per_minute_then", b"_calls_per_minute_then"]  # noqa: Y015
+    _WhichOneofReturnType__calls_to_merge: _TypeAlias = _typing.Literal["calls_to_merge"]  # noqa: Y015
+    _WhichOneofArgType__calls_to_merge: _TypeAlias = _typing.Literal["_calls_to_merge", b"_calls_to_merge"]  # noqa: Y015
+    _WhichOneofReturnType__limit: _TypeAlias = _typing.Literal["limit"]  # noqa: Y015
+    _WhichOneofArgType__limit: _TypeAlias = _typing.Literal["_limit", b"_limit"]  # noqa: Y015
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__calls_per_minute) -> _WhichOneofReturnType__calls_per_minute | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__calls_per_minute_then) -> _WhichOneofReturnType__calls_per_minute_then | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__calls_to_merge) -> _WhichOneofReturnType__calls_to_merge | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__limit) -> _WhichOneofReturnType__limit | None: ...
+
+Global___Advice: _TypeAlias = Advice  # noqa: Y015
+
+@_typing.final
+class CachingEffect(_message.Message):
+    """What caching would free at one hit rate."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    HIT_PERMILLE_FIELD_NUMBER: _builtins.int
+    FREED_PER_MINUTE_FIELD_NUMBER: _builtins.int
+    hit_permille: _builtins.int
+    """Part of the input that is read from the cache. Unit: thousandths."""
+    freed_per_minute: _builtins.int
+    """What would no longer count against the limit. Unit: tokens per minute."""
+    def __init__(
+        self,
+        *,
+        hit_permille: _builtins.int = ...,
+        freed_per_minute: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["freed_per_minute", b"freed_per_minute", "hit_permille", b"hit_permille"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___CachingEffect: _TypeAlias = CachingEffect  # noqa: Y015
+
+@_typing.final
+class Alert(_message.Message):
+    """Something that operators want to know of a limit. Named by its ledger, kind, limit and threshold."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    ID_FIELD_NUMBER: _builtins.int
+    KIND_FIELD_NUMBER: _builtins.int
+    LEDGER_FIELD_NUMBER: _builtins.int
+    LIMIT_FIELD_NUMBER: _builtins.int
+    THRESHOLD_PERMILLE_FIELD_NUMBER: _builtins.int
+    USED_FIELD_NUMBER: _builtins.int
+    AMOUNT_FIELD_NUMBER: _builtins.int
+    PREVIOUS_AMOUNT_FIELD_NUMBER: _builtins.int
+    TIME_FIELD_NUMBER: _builtins.int
+    INHERITED_FIELD_NUMBER: _builtins.int
+    id: _builtins.str
+    """Of this very event: the same in the log, in Watch and in what is posted."""
+    kind: Global___AlertKind.ValueType
+    """What happened."""
+    ledger: _builtins.str
+    """Name of the ledger."""
+    threshold_permille: _builtins.int
+    """The threshold, as a part of the amount. Zero: the kind has none. Unit: thousandths."""
+    used: _builtins.int
+    """What was used when it happened: of a month or a day, what is spent; of a minute, what was charged in the last 60 s; of a
+    gauge, what is held. Unit: that of the dimension.
+    """
+    amount: _builtins.int
+    """The amount of the limit when it happened. Unit: that of the dimension."""
+    previous_amount: _builtins.int
+    """The amount before. Absent: the kind has none, or there was no limit. Unit: that of the dimension."""
+    inherited: _builtins.bool
+    """It stood already when this owner took the ledger, which told nobody of it again."""
+    @_builtins.property
+    def limit(self) -> _common_pb2.DimensionRef:
+        """The limit. Without a pool it is a budget for money: the account's, or the share's."""
+
+    @_builtins.property
+    def time(self) -> _timestamp_pb2.Timestamp:
+        """When it happened."""
+
+    def __init__(
+        self,
+        *,
+        id: _builtins.str = ...,
+        kind: Global___AlertKind.ValueType = ...,
+        ledger: _builtins.str = ...,
+        limit: _common_pb2.DimensionRef | None = ...,
+        threshold_permille: _builtins.int = ...,
+        used: _builtins.int = ...,
+        amount: _builtins.int = ...,
+        previous_amount: _builtins.int | None = ...,
+        time: _timestamp_pb2.Timestamp | None = ...,
+        inherited: _builtins.bool = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_previous_amount", b"_previous_amount", "limit", b"limit", "previous_amount", b"previous_amount", "time", b"time"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_previous_amount", b"_previous_amount", "amount", b"amount", "id", b"id", "inherited", b"inherited", "kind", b"kind", "ledger", b"ledger", "limit", b"limit", "previous_amount", b"previous_amount", "threshold_permille", b"threshold_permille", "time", b"time", "used", b"used"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    _WhichOneofReturnType__previous_amount: _TypeAlias = _typing.Literal["previous_amount"]  # noqa: Y015
+    _WhichOneofArgType__previous_amount: _TypeAlias = _typing.Literal["_previous_amount", b"_previous_amount"]  # noqa: Y015
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__previous_amount) -> _WhichOneofReturnType__previous_amount | None: ...
+
+Global___Alert: _TypeAlias = Alert  # noqa: Y015

@@ -141,6 +141,16 @@ class AdminServiceStub:
                 request_serializer=paceline_dot_v1_dot_admin__pb2.GetReportRequest.SerializeToString,
                 response_deserializer=paceline_dot_v1_dot_admin__pb2.GetReportResponse.FromString,
                 _registered_method=True)
+        self.ListLimits = channel.unary_unary(
+                '/paceline.v1.AdminService/ListLimits',
+                request_serializer=paceline_dot_v1_dot_admin__pb2.ListLimitsRequest.SerializeToString,
+                response_deserializer=paceline_dot_v1_dot_admin__pb2.ListLimitsResponse.FromString,
+                _registered_method=True)
+        self.ListAdvice = channel.unary_unary(
+                '/paceline.v1.AdminService/ListAdvice',
+                request_serializer=paceline_dot_v1_dot_admin__pb2.ListAdviceRequest.SerializeToString,
+                response_deserializer=paceline_dot_v1_dot_admin__pb2.ListAdviceResponse.FromString,
+                _registered_method=True)
         self.FinalizeUpgrade = channel.unary_unary(
                 '/paceline.v1.AdminService/FinalizeUpgrade',
                 request_serializer=paceline_dot_v1_dot_admin__pb2.FinalizeUpgradeRequest.SerializeToString,
@@ -310,6 +320,22 @@ class AdminServiceServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def ListLimits(self, request, context):
+        """Shows limits with all that is known of each and why: where it comes from, what readings of the upstream say of its level,
+        what others use, and what binds. A list with pages, by ledger and pool. Errors: those of the service, NOT_FOUND.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def ListAdvice(self, request, context):
+        """Says what would let more calls through, from what was recorded of those that were made. A list with pages, by ledger and
+        pool. The record begins at zero when a ledger is loaded; it is not part of its books. Errors: those of the service, NOT_FOUND.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
     def FinalizeUpgrade(self, request, context):
         """Lets the owners of a ledger write a newer form of its journal, after an upgrade of all servers. There is no way back:
         servers of the version before can own the ledger no more.
@@ -424,6 +450,16 @@ def add_AdminServiceServicer_to_server(servicer, server):
                     servicer.GetReport,
                     request_deserializer=paceline_dot_v1_dot_admin__pb2.GetReportRequest.FromString,
                     response_serializer=paceline_dot_v1_dot_admin__pb2.GetReportResponse.SerializeToString,
+            ),
+            'ListLimits': grpc.unary_unary_rpc_method_handler(
+                    servicer.ListLimits,
+                    request_deserializer=paceline_dot_v1_dot_admin__pb2.ListLimitsRequest.FromString,
+                    response_serializer=paceline_dot_v1_dot_admin__pb2.ListLimitsResponse.SerializeToString,
+            ),
+            'ListAdvice': grpc.unary_unary_rpc_method_handler(
+                    servicer.ListAdvice,
+                    request_deserializer=paceline_dot_v1_dot_admin__pb2.ListAdviceRequest.FromString,
+                    response_serializer=paceline_dot_v1_dot_admin__pb2.ListAdviceResponse.SerializeToString,
             ),
             'FinalizeUpgrade': grpc.unary_unary_rpc_method_handler(
                     servicer.FinalizeUpgrade,
@@ -961,6 +997,60 @@ class AdminService:
             '/paceline.v1.AdminService/GetReport',
             paceline_dot_v1_dot_admin__pb2.GetReportRequest.SerializeToString,
             paceline_dot_v1_dot_admin__pb2.GetReportResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def ListLimits(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/paceline.v1.AdminService/ListLimits',
+            paceline_dot_v1_dot_admin__pb2.ListLimitsRequest.SerializeToString,
+            paceline_dot_v1_dot_admin__pb2.ListLimitsResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def ListAdvice(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/paceline.v1.AdminService/ListAdvice',
+            paceline_dot_v1_dot_admin__pb2.ListAdviceRequest.SerializeToString,
+            paceline_dot_v1_dot_admin__pb2.ListAdviceResponse.FromString,
             options,
             channel_credentials,
             insecure,

@@ -100,6 +100,14 @@ class AdminServiceStub:
     pages, in the order of ledger, pool, tenant and mode. The counts begin at zero when a ledger is loaded; they are not
     part of its books. Errors: those of the service, NOT_FOUND.
     """
+    ListLimits: _grpc.UnaryUnaryMultiCallable[_admin_pb2.ListLimitsRequest, _admin_pb2.ListLimitsResponse]
+    """Shows limits with all that is known of each and why: where it comes from, what readings of the upstream say of its level,
+    what others use, and what binds. A list with pages, by ledger and pool. Errors: those of the service, NOT_FOUND.
+    """
+    ListAdvice: _grpc.UnaryUnaryMultiCallable[_admin_pb2.ListAdviceRequest, _admin_pb2.ListAdviceResponse]
+    """Says what would let more calls through, from what was recorded of those that were made. A list with pages, by ledger and
+    pool. The record begins at zero when a ledger is loaded; it is not part of its books. Errors: those of the service, NOT_FOUND.
+    """
     FinalizeUpgrade: _grpc.UnaryUnaryMultiCallable[_admin_pb2.FinalizeUpgradeRequest, _admin_pb2.FinalizeUpgradeResponse]
     """Lets the owners of a ledger write a newer form of its journal, after an upgrade of all servers. There is no way back:
     servers of the version before can own the ledger no more.
@@ -181,6 +189,14 @@ class AdminServiceAsyncStub(AdminServiceStub):
     """Says what was decided, or in observe mode would have been, beside what the upstream then did with the calls. A list with
     pages, in the order of ledger, pool, tenant and mode. The counts begin at zero when a ledger is loaded; they are not
     part of its books. Errors: those of the service, NOT_FOUND.
+    """
+    ListLimits: _aio.UnaryUnaryMultiCallable[_admin_pb2.ListLimitsRequest, _admin_pb2.ListLimitsResponse]  # type: ignore[assignment]
+    """Shows limits with all that is known of each and why: where it comes from, what readings of the upstream say of its level,
+    what others use, and what binds. A list with pages, by ledger and pool. Errors: those of the service, NOT_FOUND.
+    """
+    ListAdvice: _aio.UnaryUnaryMultiCallable[_admin_pb2.ListAdviceRequest, _admin_pb2.ListAdviceResponse]  # type: ignore[assignment]
+    """Says what would let more calls through, from what was recorded of those that were made. A list with pages, by ledger and
+    pool. The record begins at zero when a ledger is loaded; it is not part of its books. Errors: those of the service, NOT_FOUND.
     """
     FinalizeUpgrade: _aio.UnaryUnaryMultiCallable[_admin_pb2.FinalizeUpgradeRequest, _admin_pb2.FinalizeUpgradeResponse]  # type: ignore[assignment]
     """Lets the owners of a ledger write a newer form of its journal, after an upgrade of all servers. There is no way back:
@@ -374,6 +390,26 @@ class AdminServiceServicer(metaclass=_abc_1.ABCMeta):
         """Says what was decided, or in observe mode would have been, beside what the upstream then did with the calls. A list with
         pages, in the order of ledger, pool, tenant and mode. The counts begin at zero when a ledger is loaded; they are not
         part of its books. Errors: those of the service, NOT_FOUND.
+        """
+
+    @_abc_1.abstractmethod
+    def ListLimits(
+        self,
+        request: _admin_pb2.ListLimitsRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_admin_pb2.ListLimitsResponse, _abc.Awaitable[_admin_pb2.ListLimitsResponse]]:
+        """Shows limits with all that is known of each and why: where it comes from, what readings of the upstream say of its level,
+        what others use, and what binds. A list with pages, by ledger and pool. Errors: those of the service, NOT_FOUND.
+        """
+
+    @_abc_1.abstractmethod
+    def ListAdvice(
+        self,
+        request: _admin_pb2.ListAdviceRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_admin_pb2.ListAdviceResponse, _abc.Awaitable[_admin_pb2.ListAdviceResponse]]:
+        """Says what would let more calls through, from what was recorded of those that were made. A list with pages, by ledger and
+        pool. The record begins at zero when a ledger is loaded; it is not part of its books. Errors: those of the service, NOT_FOUND.
         """
 
     @_abc_1.abstractmethod
