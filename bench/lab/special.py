@@ -92,12 +92,13 @@ def overload(run: Run) -> dict[str, float]:
     after = run.between(start - 1.0, end)
     first, last = after[0], after[-1]
     moved = abs(last.level - last.true_level) / last.true_burst
-    learned = ("limit", "burst", "outside")
+    moved_limits = sum(getattr(first, name) != getattr(last, name) for name in ("limit", "burst"))
     return {
         "attempts": run.rate("attempts", start + 5.0, end) / usual,
         "back_s": run.first(lambda at: run.rate("attempts", at, at + BACK_S) >= OPEN * usual, end, end + LATER_S),
         "budget_gap": moved,
-        "budget_learned": float(sum(getattr(first, name) != getattr(last, name) for name in learned)),
+        # What others seem to use fades when nothing is heard; it must not grow.
+        "budget_learned": float(moved_limits + (last.outside > first.outside)),
     }
 
 

@@ -5,8 +5,8 @@ increase, multiplicative decrease, slow start: RFC 5681; the cut by the part tha
 in windows, and calls granted before the last cut count no more, so that one round trip cuts once:
 
 - at least 3/8 of a window refused (four calls or more): a quarter of what is in flight stays. At one call in flight
-  what passes is a probe; after a bad one nothing passes for a while, twice as long after the next, at most as long as 16
-  calls used to take, and ``LONGEST_GAP_US``;
+  what passes is a probe; after a bad one nothing passes for a while, twice as long after the next, at most as long as
+  16 calls used to take, and ``LONGEST_GAP_US``;
 - 1/8 to 3/8: half of the refused part is cut; less costs nothing;
 - a good window: three times as many up to what was in flight before, then an eighth more. It is dropped at twice what
   was in flight before and is now.

@@ -14,6 +14,8 @@ from heapq import heappush, heappushpop
 
 READINGS = 400
 """Are looked at together."""
+FEW = 30
+"""Are enough if all of those times show the same."""
 TIMES = 3
 """Our books must have said more so often among them."""
 NEAR = 10
@@ -54,10 +56,13 @@ class Rim:
                 heappush(self._short, most)
             else:
                 heappushpop(self._short, most)
-        if self._count < READINGS:
+        seen = len(self._short) == TIMES
+        # The same figure again and again, and never more, is the edge itself.
+        sharp = seen and self._count >= FEW and self._short[0] >= self._most
+        if self._count < READINGS and not sharp:
             return None
         self._before = self._most
-        edge = len(self._short) == TIMES and self._short[0] >= self._most - self._most // NEAR
+        edge = seen and self._short[0] >= self._most - self._most // NEAR
         found = max(self._most, self._least)
         self._clear()
         return found if edge else None

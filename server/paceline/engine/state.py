@@ -338,6 +338,9 @@ class State:
     def _limit_moved(self, event: ev.LimitMoved) -> None:
         bucket = self.buckets[event.bucket]
         bucket.lower(self.ordinal + 1, 0)
+        if event.amount != bucket.amount:
+            # A burst that moves denies no limit.
+            bucket.pending = None
         bucket.amount = event.amount
         bucket.carry = 0
         bucket.move_burst(event.burst)
@@ -347,7 +350,6 @@ class State:
         bucket.configured_burst = event.configured_burst
         bucket.override = event.override
         bucket.guessed = False
-        bucket.pending = None
         bucket.outside = min(bucket.outside, event.amount * MOST // 1_000)
         bucket.learned_at = self.at if event.learned else None
         if not event.learned:

@@ -163,13 +163,14 @@ class Teacher:
     def _learn_limit(self, number: int, bucket: Bucket, reading: Reading, now: int, granted_at: int | None) -> None:
         """A lower limit rules at once, a higher one when a second reading says the same.
 
-        Answers overtake each other: only one of a call that was granted after the claim denies it.
+        Answers overtake each other: only one of a call that was granted after the claim denies it, or what it became.
         """
         limit = reading.limit
         if limit is None:
             return
+        overtaken = granted_at is not None and granted_at < bucket.pending_at
         if limit == bucket.amount:
-            if bucket.pending is not None and (granted_at is None or granted_at >= bucket.pending_at):
+            if bucket.pending is not None and not overtaken:
                 self._emit(ev.LimitClaimed(number, None))
             if bucket.learned_at is not None and now - bucket.learned_at > CONFIRM_US:
                 self._emit(ev.LimitConfirmed(number))
@@ -180,6 +181,8 @@ class Teacher:
             if bucket.pending != limit:
                 self._emit(ev.LimitClaimed(number, limit))
                 return
+        elif overtaken:
+            return
         burst = limit if bucket.burst == bucket.amount else bucket.burst * limit // max(1, bucket.amount)
         moved = Limit(bucket.dimension, bucket.window, limit, burst)
         self._definitions.move(number, moved, learned=True, override=bucket.override)
