@@ -51,7 +51,7 @@ def begin_after(books: Books, absence: Absence) -> None:
             debit = max(0, min(bucket.amount * absence.loss_us // window, bucket.level + refilled))
         if until <= since and not debit:
             continue
-        withheld = bucket.amount * (until - since) // window
+        withheld = (bucket.amount - bucket.outside) * (until - since) // window
         books.emit(ev.Withheld(number, since, until, refilled, carry, withheld))
         if debit:
             books.emit(ev.Corrected(number, -debit))

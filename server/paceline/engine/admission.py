@@ -56,7 +56,9 @@ def missing(books: Books, number: int, option: Option, hold: int, count: int) ->
     bucket, now = books.state.buckets[number], books.now
     level = bucket.level + bucket.refill(now)[0]
     need = bucket.need(hold, count, option.margin)
-    return need - books.outlook.level(number, bucket, level, need, option.kind, hold, count, now)
+    return need - books.outlook.level(
+        number, bucket, level, need, option.kind, option.sizes.max_output_tokens, hold, count, now
+    )
 
 
 def room(books: Books, option: Option, most: int) -> int:
@@ -67,16 +69,26 @@ def room(books: Books, option: Option, most: int) -> int:
         bucket = books.state.buckets[number]
         if books.outlook.watches(number, bucket):
             # Of what is charged as it is produced more may fit than is left net of all holds.
-            fewer = 0
-            while fewer < most and missing(books, number, option, hold, fewer + 1) <= 0:
-                fewer += 1
-            most = fewer
+            least, beyond = 0, most + 1
+            while beyond - least > 1:
+                middle = (least + beyond) // 2
+                if missing(books, number, option, hold, middle) <= 0:
+                    least = middle
+                else:
+                    beyond = middle
+            most = least
             continue
         level = bucket.level + bucket.refill(books.now)[0]
         free = level if level >= bucket.burst else level - bucket.margin(hold, option.margin)
         count = max(0, free) // hold or int(level >= bucket.need(hold, 1, option.margin))
         most = min(most, count)
     return most
+
+
+def is_too_large(books: Books, number: int, need: int) -> bool:
+    """Whether a bucket will never have ``need``. What is charged as it is produced need not be there at once."""
+    bucket = books.state.buckets[number]
+    return not bucket.burst or (need > bucket.burst and not books.outlook.watches(number, bucket))
 
 
 def judge(books: Books, number: int, option: Option, hold: int, count: int, ahead: int) -> Verdict:
@@ -86,13 +98,19 @@ def judge(books: Books, number: int, option: Option, hold: int, count: int, ahea
     if not hold:
         return NOW
     need = bucket.need(hold, count, option.margin)
-    if need > bucket.burst or not bucket.burst:
+    if is_too_large(books, number, need):
         # A month's budget that is too small will be larger for nobody this month; a zero limit is a closed pool.
         reason = Reason.SPEND_CAP if dimension is Dimension.SPEND else Reason.TOO_LARGE
         return Verdict(None, 0, Reason.POOL_CLOSED if not bucket.burst else reason, dimension, final=True)
     refilled, carry = bucket.refill(now)
     level = bucket.level + refilled
-    left = books.outlook.level(number, bucket, level, need + ahead, option.kind, hold, count, now) - ahead - need
+    left = (
+        books.outlook.level(
+            number, bucket, level, need + ahead, option.kind, option.sizes.max_output_tokens, hold, count, now
+        )
+        - ahead
+        - need
+    )
     if left >= 0:
         return NOW
     # What open calls hold may come back: of money, of gauges, and of output, which is held as estimated. Requests and

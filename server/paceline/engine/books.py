@@ -92,6 +92,8 @@ class Books:
         """Bring a bucket to the present before it changes."""
         bucket = self.state.buckets[number]
         if bucket.at < self.now:
+            if number in self.outlook.demands or bucket.foreseen:
+                self._foresee(number, bucket)
             refilled, carry = bucket.refill(self.now)
             trail = self.trail(number)
             if trail is not None:
@@ -99,17 +101,12 @@ class Books:
                 trail.note(bucket.at, bucket.level + shift)
                 trail.note(self.now, bucket.level + refilled + shift)
             self.emit(ev.Advanced(number, refilled, carry, bucket.lost(self.now, refilled)))
-            if number in self.outlook.demands or bucket.foreseen:
-                self._foresee(number, bucket)
         return bucket
 
     def _foresee(self, number: int, bucket: Bucket) -> None:
         """Take what open calls have produced beyond their holds off the level, so that it refills like upstream's."""
         ahead = max(0, self.outlook.demand(number, self.now).produced(self.now) - bucket.held)
         ahead = min(ahead, max(0, bucket.foreseen + bucket.level) + bucket.burst)
-        back = ahead < bucket.foreseen and bucket.level + bucket.foreseen - ahead > bucket.burst
-        if back:
-            ahead = min(bucket.foreseen, bucket.level + bucket.foreseen - bucket.burst)
         if abs(ahead - bucket.foreseen) * FORESEEN_PART > bucket.burst or (bucket.foreseen and not ahead):
             self.emit(ev.Foreseen(number, ahead))
 
@@ -126,12 +123,13 @@ class Books:
 
         Soft: it begins anew with every process, and from the first call, since readings are of calls that began before.
         """
+        bucket = self.state.buckets[number]
+        if bucket.dimension is Dimension.OUTPUT_TOKENS and number not in self.outlook.demands:
+            self._trails.pop(number, None)
+            return None
         try:
             return self._trails[number]
         except KeyError:
-            bucket = self.state.buckets[number]
-            if bucket.dimension is Dimension.OUTPUT_TOKENS and number not in self.outlook.demands:
-                return None
             learns = bucket.is_read and self.state.pools[bucket.pool].learn
             trail = self._trails[number] = Trail() if learns else None
             return trail

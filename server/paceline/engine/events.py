@@ -134,6 +134,9 @@ class Settled(msgspec.Struct, frozen=True, array_like=True, tag="settle", gc=Fal
     forfeits: tuple[int, ...]
     overs: tuple[int, ...]
     cost: int
+    input_tokens: int | None = None
+    output_tokens: int | None = None
+    """The uncached input and the output that the response has stated; ``None``: not the whole of it."""
 
 
 class Released(msgspec.Struct, frozen=True, array_like=True, tag="rel", gc=False):

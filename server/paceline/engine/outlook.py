@@ -23,7 +23,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from typing import TYPE_CHECKING
 
 from paceline.engine.dimensions import MINUTE_US, SECOND_US, Dimension
-from paceline.engine.sizes import BINS, Kind, Learned, bin_of, finest, middle_of
+from paceline.engine.sizes import BINS, UNIT, Kind, Learned, bin_of, finest, middle_of
 
 if TYPE_CHECKING:
     from paceline.engine.bucket import Bucket
@@ -43,6 +43,8 @@ TABLE_US = 5 * SECOND_US
 """A kind's table follows what is learned this often."""
 TIGHT = 2
 """Below one part in so many of the burst, what is left is little."""
+MAX_ASKED = 256
+"""Kinds of which no call is open whose tables are kept."""
 IDLE_US = 10 * 60 * SECOND_US
 """A limit that was not short for so long is no longer looked at."""
 MARGIN_US = 200_000
@@ -53,6 +55,8 @@ _RARE = 1e-6
 _PACE = 60.0
 _FIRST = 1.0
 """Tokens a second, and seconds until the first, of a kind of which nothing is known."""
+_Key = tuple[Kind, int]
+"""A kind, and the bin of the cap that its calls have."""
 _Row = tuple[tuple[float, ...], tuple[float, ...]]
 """Means and variances of the output within each horizon."""
 
@@ -60,29 +64,37 @@ _Row = tuple[tuple[float, ...], tuple[float, ...]]
 class Table:
     """The rest of a call of one kind, by its age."""
 
-    __slots__ = ("_rows", "_sizes", "_weights", "expected", "first", "made_at", "pace")
+    __slots__ = ("_rows", "_sizes", "_weights", "expected", "first", "made_at", "most", "pace")
 
     def __init__(
-        self, learned: Learned | None, expected: int, now: int, ages: Iterable[tuple[float, int]] = ()
+        self, learned: Learned | None, expected: int, most: int, now: int, ages: Iterable[tuple[float, int]] = ()
     ) -> None:
-        """``expected`` is the output, in tokens, of an unknown kind; ``ages``, with numbers, are of open calls."""
-        self.expected = expected
+        """``expected`` is the output, in tokens, of an unknown kind, ``most`` the cap of its calls. ``ages``, with
+        numbers, are those of open ones."""
+        self.expected, self.most = expected, most
         self.made_at = now
         self.pace, self.first = (_PACE, _FIRST) if learned is None or not learned.timed else learned.pace
-        counts = [] if learned is None else learned.histogram
-        open_at = [0] * BINS
-        for age, number in ages if learned is not None else ():
-            done = int(self.produced(age))
-            if done:
-                open_at[bin_of(done)] += number
-        self._sizes, self._weights = survival(counts, open_at)
+        self._sizes: list[float] = []
+        self._weights: list[float] = []
+        if learned is not None:
+            open_at = learned.cut.copy()
+            for age, number in ages:
+                done = int(self.produced(age))
+                if done:
+                    open_at[bin_of(done)] += number * UNIT
+            self._sizes, self._weights = survival(learned.histogram, open_at)
         if not self._sizes:
             self._sizes, self._weights = [float(max(1, expected))], [1.0]
+        self._sizes = [min(size, float(most)) for size in self._sizes]
         self._rows: dict[int, _Row] = {}
 
     def produced(self, age: float) -> float:
         """What an open call of this age has produced."""
-        return self.pace * (age - self.first) if age > self.first else 0.0
+        return min(float(self.most), self.pace * (age - self.first)) if age > self.first else 0.0
+
+    def is_producing(self, age: float) -> bool:
+        """Whether a call of this age still may."""
+        return age > self.first and self.pace * (age - self.first) < self.most
 
     def row(self, age: float) -> _Row:
         """What is to come of an open call of this age, in seconds."""
@@ -97,7 +109,7 @@ class Table:
         rests = [(size - done, weight) for size, weight in zip(self._sizes, self._weights, strict=True) if size > done]
         if not rests:
             # Longer than all before it: the more it has said, the more may come.
-            rests = [(max(1.0, done / 2), 1)]
+            rests = [(max(0.0, min(done / 2, self.most - done)), 1.0)]
         total = sum(weight for _, weight in rests)
         means, variances = [], []
         for horizon in HORIZONS:
@@ -154,7 +166,9 @@ class Demand:
     def __init__(self, state: State, number: int) -> None:
         self._state = state
         self._number = number
-        self._kinds: dict[Kind, _Open] = {}
+        self._kinds: dict[_Key, _Open] = {}
+        self._asked: dict[_Key, Table] = {}
+        """Tables of kinds of which no call is open."""
         self._clear(state.at)
         self.asked_at = state.at
         self.calls = 0
@@ -170,16 +184,18 @@ class Demand:
 
     def opened(self, reservation: Reservation, now: int) -> None:
         """A call was granted."""
-        kind, slot = _kind_of(reservation), reservation.granted_at // SECOND_US
-        found = self._open_of(kind, reservation.sizes.output_tokens, now)
+        key, slot = _key_of(reservation), reservation.granted_at // SECOND_US
+        found = self._kinds.get(key)
+        if found is None:
+            found = self._kinds[key] = _Open(self._table(key, reservation.sizes.output_tokens, now))
         found.slots[slot] = found.slots.get(slot, 0) + 1
         self.calls += 1
         self._sum(found, (now - reservation.granted_at) / SECOND_US, 1, now)
 
     def ended(self, reservation: Reservation, now: int) -> None:
         """A call was settled, released, or ran out."""
-        kind, slot = _kind_of(reservation), reservation.granted_at // SECOND_US
-        found = self._kinds.get(kind)
+        key, slot = _key_of(reservation), reservation.granted_at // SECOND_US
+        found = self._kinds.get(key)
         if found is None or slot not in found.slots:
             return
         if found.slots[slot] == 1:
@@ -189,13 +205,21 @@ class Demand:
         self.calls -= 1
         self._sum(found, (now - reservation.granted_at) / SECOND_US, -1, now)
         if not found.slots:
-            del self._kinds[kind]
+            del self._kinds[key]
 
-    def _open_of(self, kind: Kind, expected: int, now: int) -> _Open:
-        found = self._kinds.get(kind)
-        if found is None:
-            found = self._kinds[kind] = _Open(Table(finest(self._state.learned, kind), expected, now))
-        return found
+    def _table(self, key: _Key, expected: int, now: int) -> Table:
+        found = self._kinds.get(key)
+        table = self._asked.get(key) if found is None else found.table
+        if table is None or now - table.made_at > TABLE_US:
+            ages = () if found is None else found.ages(now)
+            table = Table(finest(self._state.learned, key[0]), expected, cap_of(key[1]), now, ages)
+            if found is not None:
+                found.table = table
+            else:
+                if len(self._asked) >= MAX_ASKED:
+                    self._asked.clear()
+                self._asked[key] = table
+        return table
 
     def _sum(self, found: _Open, age: float, count: int, now: int) -> None:
         means, variances = found.table.row(age)
@@ -207,15 +231,14 @@ class Demand:
             self._means[place] += change
             self._variances[place] += count * variances[place]
         elapsed = (now - self.at) / SECOND_US
-        done, pace = found.table.produced(age), found.table.pace if age > found.table.first else 0.0
+        done, pace = found.table.produced(age), found.table.pace if found.table.is_producing(age) else 0.0
         self._pace += count * pace
         self._produced += count * (done - pace * elapsed)
 
     def _refresh(self, now: int) -> None:
         self._clear(now)
-        for kind, found in self._kinds.items():
-            if now - found.table.made_at > TABLE_US:
-                found.table = Table(finest(self._state.learned, kind), found.table.expected, now, list(found.ages(now)))
+        for key, found in self._kinds.items():
+            self._table(key, found.table.expected, now)
             found.means = [0.0] * len(HORIZONS)
             for age, count in found.ages(now):
                 self._sum(found, age, count, now)
@@ -228,22 +251,25 @@ class Demand:
             self._refresh(now)
         return int(self._produced + self._pace * (now - self.at) / SECOND_US)
 
-    def gross(self, bucket: Bucket, level: int, now: int) -> int:
-        """What the upstream has left, if ``level`` is ours, net of holds."""
-        return min(bucket.burst, level + bucket.held + bucket.foreseen - self.produced(now))
+    def gross(self, bucket: Bucket, now: int) -> int:
+        """What the upstream has left. It refills while output is produced, so it stays full if that is slower."""
+        elapsed = max(0, now - bucket.at)
+        made = int(self._pace * elapsed / SECOND_US)
+        before = min(bucket.burst, bucket.level + bucket.held + bucket.foreseen - self.produced(now) + made)
+        return min(bucket.burst, before + (bucket.amount - bucket.outside) * elapsed // MINUTE_US - made)
 
-    def free(self, bucket: Bucket, level: int, kind: Kind, hold: int, count: int, now: int) -> int:
-        """``count`` calls that hold ``hold`` each may pass if this is not below what they hold together."""
+    def free(self, bucket: Bucket, kind: Kind, most: int, hold: int, count: int, now: int) -> int:
+        """``count`` calls that hold ``hold`` each, of at most ``most`` tokens of output, may pass if this is not below
+        what they hold together."""
         self.asked_at = now
-        gross = self.gross(bucket, level, now)
+        gross = self.gross(bucket, now)
         rounding = 0 if bucket.constraint is None else bucket.constraint.rounding
         margin = (rounding + 1) // 2 + min(bucket.amount * MARGIN_US // MINUTE_US, bucket.burst // MARGIN_PART)
         if not self.calls:
             # A lone call is not to be made impossible.
             return gross - margin if gross < bucket.burst else gross
         rate = (bucket.amount - bucket.outside) / 60
-        table = self._open_of(kind, hold, now).table
-        means, variances = table.row(0.0)
+        means, variances = self._table((kind, bin_of(most)), hold, now).row(0.0)
         least = gross - margin
         for place, horizon in enumerate(HORIZONS):
             spread = self._variances[place] + count * variances[place] + TAU * TAU * self._squares[place]
@@ -252,8 +278,15 @@ class Demand:
         return hold * count + least
 
 
-def _kind_of(reservation: Reservation) -> Kind:
-    return reservation.pool, reservation.tenant, reservation.route
+def _key_of(reservation: Reservation) -> _Key:
+    kind = (reservation.pool, reservation.tenant, reservation.route)
+    return kind, bin_of(max(1, reservation.sizes.max_output_tokens))
+
+
+def cap_of(number: int) -> int:
+    """The most that a call may produce whose cap is in this bin."""
+    octave = 1 << (number >> 1)
+    return 2 * octave if number & 1 else max(1, 3 * octave // 2)
 
 
 class Outlook:
@@ -273,7 +306,16 @@ class Outlook:
         return read or number in self.demands
 
     def level(
-        self, number: int, bucket: Bucket, level: int, need: int, kind: Kind, hold: int, count: int, now: int
+        self,
+        number: int,
+        bucket: Bucket,
+        level: int,
+        need: int,
+        kind: Kind,
+        most: int,
+        hold: int,
+        count: int,
+        now: int,
     ) -> int:
         """What ``count`` calls may use: ``level``, which is net of all holds, unless output is looked at over time.
 
@@ -284,7 +326,7 @@ class Outlook:
             if level >= need or not self.watches(number, bucket):
                 return level
             demand = self.demand(number, now)
-        return demand.free(bucket, level, kind, hold, count, now)
+        return demand.free(bucket, kind, most, hold, count, now)
 
     def demand(self, number: int, now: int) -> Demand:
         """That of one limit; it is made from the books if need be."""

@@ -57,6 +57,7 @@ class Sampler:
         """What comes next has other causes: a limit moved."""
         self._since = None
         self._corrected = 0
+        self._samples.clear()
 
     def read(self, bucket: Bucket, now: int) -> int | None:
         """A reading was taken in at ``now``: the estimate, if it moves or is to be confirmed; else ``None``."""

@@ -13,6 +13,7 @@ from paceline.engine import answers as an
 from paceline.engine import events as ev
 from paceline.engine import operations as op
 from paceline.engine import pressure as pr
+from paceline.engine.accounting import Sizes
 from paceline.engine.admission import Verdict
 from paceline.engine.answers import Answer, Reason
 from paceline.engine.books import Books
@@ -20,7 +21,9 @@ from paceline.engine.bucket import EndKind
 from paceline.engine.dimensions import BUDGETS, Dimension
 from paceline.engine.keys import child_keys
 from paceline.engine.operations import Mode, Priority
+from paceline.engine.outside import HALVES_US
 from paceline.engine.queue import LaneKey, Option, Waiter, lane_of
+from paceline.engine.recipe import Recipe
 from paceline.engine.sizes import fill, surprise
 from paceline.engine.state import Ended
 from paceline.engine.stats import Stats
@@ -80,8 +83,10 @@ class Reserving:
             sizes = fill(books.state.learned, pool.profile, kind, candidate.estimate)
             recipe = books.recipe(candidate.pool, numbers)
             holds = recipe.holds(sizes, candidate.prices)
+            if books.state.learned:
+                holds = self._possible(holds, numbers, recipe, pool.profile.fill(candidate.estimate), candidate)
             together = 1 if operation.partial else operation.count
-            margin = surprise(books.state.learned, kind)
+            margin = surprise(books.state.learned, kind, stated=candidate.estimate.input_tokens is not None)
             option = Option(
                 index, candidate.pool, candidate.shares, numbers, holds, sizes, recipe, together, kind, margin
             )
@@ -98,6 +103,18 @@ class Reserving:
             self._wait_or_deny(ticket, operation, options)
         else:
             self._refuse(ticket, "candidates", "names no candidate")
+
+    def _possible(
+        self, holds: tuple[int, ...], numbers: tuple[int, ...], recipe: Recipe, stated: Sizes, candidate: op.Candidate
+    ) -> tuple[int, ...]:
+        """What is learned makes no lone call impossible: a hold that only it puts above the burst is the burst."""
+        buckets = self._books.state.buckets
+        if all(hold <= buckets[number].burst for hold, number in zip(holds, numbers, strict=True)):
+            return holds
+        before = recipe.holds(stated, candidate.prices)
+        return tuple(
+            max(was, min(hold, buckets[number].burst)) for hold, was, number in zip(holds, before, numbers, strict=True)
+        )
 
     def _gathers(self, operation: op.Reserve) -> bool:
         """Whether this one is not granted now, although it fits: others may have begun to wait before it.
@@ -442,12 +459,15 @@ class Reserving:
             return False
         count = 1 if operation.partial else operation.count
         hopeless = any(
-            state.buckets[number].need(hold, count) > state.buckets[number].burst
+            hold and admission.is_too_large(self._books, number, state.buckets[number].need(hold, count))
             for number, hold in zip(option.buckets, option.holds, strict=True)
         )
         if hopeless or pool.paused or pool.blocked_until > now:
             self._drop(waiter, option)
             return True
+        for number in option.buckets:
+            if state.buckets[number].outside:
+                self._teacher.lapse(number, now)
         would = an.Would() if self._observing(option.pool, operation.tenant) else None
         if would is None and (_touches(option, claimed) or self._count_that_fits(option, operation) == 0):
             return False
@@ -517,6 +537,9 @@ class Reserving:
                 wait = bucket.wait_us(-missing, bucket.refill(now)[1], now)
                 if wait is None:
                     return None
+                if bucket.outside:
+                    # What nothing confirms decays meanwhile.
+                    wait = min(wait, HALVES_US)
                 turn = max(turn, now + max(wait, self._books.outlook.least_wait_us(number)))
         return turn
 

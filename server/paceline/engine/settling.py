@@ -88,7 +88,8 @@ class Settling:
         numbers = reservation.buckets
         charged = self._charge_reservation(reservation, outcome)
         forfeits = self.forfeits(numbers, reservation.holds, charged.amounts, reservation.ordinal)
-        books.emit(ev.Settled(reservation.key, charged.amounts, forfeits, charged.overs, charged.cost))
+        coming, going = _stated(outcome)
+        books.emit(ev.Settled(reservation.key, charged.amounts, forfeits, charged.overs, charged.cost, coming, going))
         self._stats.settled(reservation.pool, outcome)
         self._hindsight.settled(
             reservation.key,
@@ -500,6 +501,14 @@ class Settling:
             holds.append(hold)
             overs.append(over)
         return sizes, tuple(holds), tuple(overs)
+
+
+def _stated(outcome: op.Outcome) -> tuple[int | None, int | None]:
+    """Uncached input and output of a call of which the response said all."""
+    usage = outcome.usage
+    if usage is None or outcome.usage_kind is not UsageKind.FINAL or outcome.unknown:
+        return None, None
+    return usage.input_tokens + usage.cache_write_tokens, usage.output_tokens
 
 
 def _unreported(

@@ -16,7 +16,14 @@ import msgspec
 from paceline.engine.accounting import WEIGHT_ONE, Estimate, Profile, Sizes
 
 Kind = tuple[str, str, str]
-"""Pool, tenant, route. Coarser kinds leave the later parts empty."""
+"""Pool, tenant, route; in coarser kinds the later parts are :data:`ALL`."""
+ALL = "\n"
+"""No name has it."""
+UNIT = 16
+"""One call in a histogram, so that it fades in whole numbers."""
+MOST_TOKENS = 1 << 22
+MOST_TOOK_MS = 3_600_000
+"""More than this of one call is not learned from."""
 
 MAX_KINDS = 4_096
 """The one that was idle for longest makes place; about 1 kB each."""
@@ -27,7 +34,7 @@ BINS = 44
 """Half octaves from 1 to 4 million tokens."""
 LOOK = 16
 """The histograms are looked at once in so many samples."""
-RARE = 250
+RARE = 400
 """One call in so many may be a greater surprise."""
 MOST_SCALE = 20 * WEIGHT_ONE
 LEAST_SCALE = WEIGHT_ONE // 100
@@ -36,29 +43,34 @@ _MS = 1_000
 
 
 class Learned(msgspec.Struct, array_like=True, gc=False):
-    """One kind. Tokens as the pool's profile counts them; ``took`` sums are milliseconds and tokens."""
+    """One kind, in tokens as responses state them. Histograms are in :data:`UNIT` for each call."""
 
     calls: int = 0
     inputs: int = 0
-    """Sum of what was charged for input, by ``calls``."""
+    """Sum of the uncached input, by ``calls``."""
     asked: int = 0
     """What the callers' own estimates of input come to, over the calls that had one."""
     answered: int = 0
-    """What was charged for the same calls."""
+    """What the same calls did cost."""
     rated: int = 0
     """How many they are."""
     outputs: int = 0
+    whole: int = 0
+    """Sum of the output over calls that were not cut off at their cap, and how many they are."""
     histogram: list[int] = msgspec.field(default_factory=lambda: [0] * BINS)
+    """Outputs of those."""
+    cut: list[int] = msgspec.field(default_factory=lambda: [0] * BINS)
+    """Outputs of those that were cut off: they would have been longer."""
     foretold: int = 0
     """What the callers' own estimates of output come to, over the calls that had one."""
     produced: int = 0
     told: int = 0
+    timed: int = 0
+    timed_tokens: int = 0
     took: int = 0
     took_squared: int = 0
     took_times: int = 0
-    """Sums over calls with output: of milliseconds, of tokens squared, of tokens times milliseconds."""
-    timed: int = 0
-    timed_tokens: int = 0
+    """Over calls with output: how many, tokens, milliseconds, and the sums of tokens squared and of their products."""
     surprises: list[int] = msgspec.field(default_factory=lambda: [0] * BINS)
     """By how much the input of a call exceeded what is held for one like it."""
     surprise: int = 0
@@ -68,42 +80,50 @@ class Learned(msgspec.Struct, array_like=True, gc=False):
         """One more call."""
         expected = self.expect(source.asked or None)
         if expected is not None:
-            self.surprises[bin_of(max(1, source.input - expected))] += 1
+            self.surprises[bin_of(max(1, source.input - expected))] += UNIT
         self.calls += 1
         self.inputs += source.input
         if source.asked:
             self.asked += source.asked
             self.answered += source.input
             self.rated += 1
-        output = source.output
-        if output:
-            self.outputs += output
-            self.histogram[bin_of(output)] += 1
-            self.timed += 1
-            self.timed_tokens += output
-            self.took += source.took_ms
-            self.took_squared += output * output
-            self.took_times += output * source.took_ms
-            if source.foretold:
-                self.foretold += source.foretold
-                self.produced += output
-                self.told += 1
+        if source.output:
+            self._note_output(source)
         if not self.calls % LOOK:
             self.surprise = self._rare()
         if self.calls >= FADE:
             self._fade()
 
+    def _note_output(self, source: Sample) -> None:
+        output, took = source.output, source.took_ms
+        self.timed += 1
+        self.timed_tokens += output
+        self.took += took
+        self.took_squared += output * output
+        self.took_times += output * took
+        if source.most is not None and output >= source.most:
+            self.cut[bin_of(output)] += UNIT
+            return
+        self.outputs += output
+        self.whole += 1
+        self.histogram[bin_of(output)] += UNIT
+        if source.foretold:
+            self.foretold += source.foretold
+            self.produced += output
+            self.told += 1
+
     def copy(self) -> Learned:
         """One that does not change with this one."""
-        return msgspec.structs.replace(self, histogram=self.histogram.copy(), surprises=self.surprises.copy())
+        return msgspec.structs.replace(
+            self, histogram=self.histogram.copy(), cut=self.cut.copy(), surprises=self.surprises.copy()
+        )
 
     def _fade(self) -> None:
         for name in self.__struct_fields__:
-            if name not in ("histogram", "surprises", "surprise"):
-                setattr(self, name, getattr(self, name) >> 1)
-        # A rare size fades later than its count says: rounding up keeps the tail.
-        self.histogram = [(count + 1) >> 1 for count in self.histogram]
-        self.surprises = [(count + 1) >> 1 for count in self.surprises]
+            value = getattr(self, name)
+            # A rare size is there for as many fadings as a unit has bits.
+            setattr(self, name, [count >> 1 for count in value] if isinstance(value, list) else value >> 1)
+        self.surprise = self._rare()
 
     def expect(self, asked: int | None) -> int | None:
         """The input to hold for a call that its caller estimates at ``asked``; ``None``: too little is known."""
@@ -135,43 +155,54 @@ class Learned(msgspec.Struct, array_like=True, gc=False):
 
 
 class Sample(msgspec.Struct, frozen=True, gc=False):
-    """What one call was: charges in tokens, the callers' own estimates (zero: none), how long it took."""
+    """What one call was, in tokens: its usage, the callers' own estimates (zero: none), its cap, how long it took."""
 
     input: int
     asked: int
     output: int
     foretold: int
     took_ms: int
+    most: int | None = None
 
 
 Kinds = dict[Kind, Learned]
 
 
-def note(kinds: Kinds, kind: Kind, sample: Sample) -> None:
+def sample(usage: tuple[int, int], asked: tuple[int, int], took_ms: int, most: int | None) -> Sample:
+    """A sample of bounded size, whatever callers state: sums of it fit the journal."""
+    (coming, going), (told, foretold) = usage, asked
+    return Sample(
+        min(coming, MOST_TOKENS),
+        min(told, MOST_TOKENS),
+        min(going, MOST_TOKENS),
+        min(foretold, MOST_TOKENS),
+        min(max(0, took_ms), MOST_TOOK_MS),
+        most,
+    )
+
+
+def note(kinds: Kinds, kind: Kind, source: Sample) -> None:
     """Take a settlement into account, for its kind and for those above it."""
-    pool, tenant, route = kind
-    _note(kinds, (pool, "", ""), sample)
-    if tenant:
-        _note(kinds, (pool, tenant, ""), sample)
-    if route:
-        _note(kinds, kind, sample)
+    for each in _above(kind):
+        learned = kinds.pop(each, None)
+        if learned is None:
+            if len(kinds) >= MAX_KINDS:
+                del kinds[next(iter(kinds))]
+            learned = Learned()
+        # The newest is last.
+        kinds[each] = learned
+        learned.note(source)
 
 
-def _note(kinds: Kinds, kind: Kind, sample: Sample) -> None:
-    learned = kinds.pop(kind, None)
-    if learned is None:
-        if len(kinds) >= MAX_KINDS:
-            del kinds[next(iter(kinds))]
-        learned = Learned()
-    # The newest is last.
-    kinds[kind] = learned
-    learned.note(sample)
-
-
-def finest(kinds: Kinds, kind: Kind) -> Learned | None:
-    """What is known of the finest of a kind's kinds of which enough is."""
+def _above(kind: Kind) -> tuple[Kind, Kind, Kind]:
+    """The kind itself, its tenant's, the pool's."""
     pool, tenant, _ = kind
-    for found in (kind, (pool, tenant, ""), (pool, "", "")):
+    return kind, (pool, tenant, ALL), (pool, ALL, ALL)
+
+
+def finest(kinds: Kinds, kind: Kind, *, own: bool = False) -> Learned | None:
+    """What is known of the finest of a kind's kinds of which enough is. ``own``: without what other tenants taught."""
+    for found in _above(kind)[: 2 if own else 3]:
         learned = kinds.get(found)
         if learned is not None and learned.calls >= ENOUGH:
             return learned
@@ -179,23 +210,31 @@ def finest(kinds: Kinds, kind: Kind) -> Learned | None:
 
 
 def fill(kinds: Kinds, profile: Profile, kind: Kind, estimate: Estimate) -> Sizes:
-    """The sizes to hold for a call. An estimate of zero is no gap, and stays zero."""
+    """The sizes to hold for a call. An estimate of zero is no gap, and stays zero.
+
+    Gaps are filled from whatever is known; what a caller states is scaled by its own tenant's errors alone.
+    """
     learned = finest(kinds, kind)
     if learned is None:
         return profile.fill(estimate)
-    coming, output = learned.expect(estimate.input_tokens), estimate.output_tokens
+    own = finest(kinds, kind, own=True)
+    coming, output = estimate.input_tokens, estimate.output_tokens
+    if coming is None:
+        coming = learned.expect(None)
+    elif own is not None:
+        coming = own.expect(coming)
     if output is None:
-        output = -(-learned.outputs // learned.timed) if learned.timed else None
-    elif output:
-        output = _scaled(output, learned.produced, learned.foretold, learned.told)
+        output = -(-learned.outputs // learned.whole) if learned.whole >= ENOUGH else None
+    elif output and own is not None:
+        output = _scaled(output, own.produced, own.foretold, own.told)
     if output is not None and estimate.max_output_tokens is not None:
         output = min(output, estimate.max_output_tokens)
     return profile.fill(msgspec.structs.replace(estimate, input_tokens=coming, output_tokens=output))
 
 
-def surprise(kinds: Kinds, kind: Kind) -> int:
+def surprise(kinds: Kinds, kind: Kind, *, stated: bool) -> int:
     """By how much the input of a call of this kind may exceed what is held for it, but for rare ones."""
-    learned = finest(kinds, kind)
+    learned = finest(kinds, kind, own=stated)
     return 0 if learned is None else learned.surprise
 
 

@@ -21,12 +21,10 @@ from paceline.engine.dimensions import Dimension, Limit, Window
 from paceline.engine.operations import Mode, Priority
 from paceline.engine.outside import MOST
 from paceline.engine.pressure import Pressure
-from paceline.engine.sizes import Kind, Kinds, Learned, Sample, note
+from paceline.engine.sizes import Kind, Kinds, Learned, note, sample
 
 CHUNK_ENTRIES = 1_000
 CHUNK_KINDS = 250
-MAX_PLACES = 16_384
-"""Combinations of limits for which it is kept where they count input and output."""
 FORMAT = 2
 """Version of the snapshot's form. One that only adds fields with defaults reads the one before."""
 OLDEST_FORMAT = 1
@@ -171,7 +169,6 @@ class State:
         self.ended: dict[str, Ended] = {}
         self.learned: Kinds = {}
         """What calls turned out to be, by their kind; the newest settlement's last."""
-        self._places: dict[tuple[int, ...], tuple[int, int]] = {}
         self._fold: dict[type[Any], Callable[[Any], None]] = {
             ev.Clocked: self._clocked,
             ev.Advanced: self._advanced,
@@ -341,6 +338,9 @@ class State:
         if event.amount != bucket.amount:
             # A burst that moves denies no limit.
             bucket.pending = None
+            if event.amount < bucket.amount:
+                # Of a smaller limit others have no more than their part.
+                bucket.outside = bucket.outside * event.amount // bucket.amount
         bucket.amount = event.amount
         bucket.carry = 0
         bucket.move_burst(event.burst)
@@ -369,6 +369,9 @@ class State:
     def _foreseen(self, event: ev.Foreseen) -> None:
         bucket = self.buckets[event.bucket]
         moved = bucket.foreseen - event.amount
+        if moved > 0:
+            # What finds no place would have been lost at the rim.
+            moved = min(moved, max(0, bucket.burst - bucket.level))
         bucket.foreseen = event.amount
         bucket.adjust(self.ordinal, moved)
 
@@ -434,33 +437,13 @@ class State:
 
     def _learn_sizes(self, reservation: Reservation, event: ev.Settled) -> None:
         """A call that ended with its final usage is a sample of its kind."""
-        places = self._places.get(reservation.buckets)
-        if places is None:
-            places = self._places[reservation.buckets] = self._place_sizes(reservation.buckets)
-        coming, going = places
-        if coming < 0:
+        coming, going = event.input_tokens, event.output_tokens
+        if coming is None or going is None or not (coming or going):
             return
-        tokens = event.charges[coming]
-        output = event.charges[going] if going >= 0 else 0
-        if (not tokens and not output) or (going >= 0 and event.overs[going]):
-            return
-        took = max(0, self.at - reservation.granted_at) // 1_000
-        sample = Sample(tokens, reservation.asked_input, output, reservation.asked_output, took)
-        note(self.learned, (reservation.pool, reservation.tenant, reservation.route), sample)
-
-    def _place_sizes(self, numbers: tuple[int, ...]) -> tuple[int, int]:
-        """Where among these buckets the pool's input and output are counted; -1: nowhere."""
-        if len(self._places) >= MAX_PLACES:
-            self._places.clear()
-        found = [-1, -1]
-        for place, number in enumerate(numbers):
-            bucket = self.buckets[number]
-            if bucket.pool and not bucket.share:
-                if bucket.dimension is Dimension.INPUT_TOKENS:
-                    found[0] = place
-                elif bucket.dimension is Dimension.OUTPUT_TOKENS:
-                    found[1] = place
-        return found[0], found[1]
+        took = (self.at - reservation.granted_at) // 1_000
+        asked = (reservation.asked_input, reservation.asked_output)
+        kind = (reservation.pool, reservation.tenant, reservation.route)
+        note(self.learned, kind, sample((coming, going), asked, took, reservation.max_output_tokens))
 
     def _expired(self, event: ev.Expired) -> None:
         self._end(event.key, EndKind.EXPIRED, event.charges, event.forfeits, event.overs, event.cost)

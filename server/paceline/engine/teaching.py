@@ -110,7 +110,8 @@ class Teacher:
                 self._books.outlook.read(number, bucket, reading.remaining, now)
             reading = self.pressing.believable(pool, number, reading)
             self._learn_limit(number, bucket, reading, now, call.granted_at)
-            self._learn_burst(number, bucket, reading)
+            if not self.pressing.climbs(pool, number):
+                self._learn_burst(number, bucket, reading)
             low, high = reconcile.bounds_of_remaining(bucket, reading)
             if reading.dimension is refused:
                 low, high = _narrower(
@@ -189,6 +190,13 @@ class Teacher:
         self._sampler(number).forget()
 
     def _learn_burst(self, number: int, bucket: Bucket, reading: Reading) -> None:
+        known = (reading.remaining or 0) - (reading.rounding + 1) // 2
+        if known > bucket.burst and not bucket.override:
+            # More is there than was believed possible.
+            raised = min(known, max(bucket.amount, bucket.configured_burst))
+            if raised > bucket.burst:
+                moved = Limit(bucket.dimension, bucket.window, bucket.amount, raised)
+                self._definitions.move(number, moved, learned=True, override=bucket.override)
         bounds = reconcile.burst_bounds(bucket, reading)
         if bounds is None:
             return
