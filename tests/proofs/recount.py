@@ -138,6 +138,10 @@ class Bucket:
     expired: int = 0
     lost: int = 0
     """Refill that found no place or was withheld, and that no late call has made up for. Not a column of the books."""
+    outside: int = 0
+    """What others take of the refill, by the journal. Nor this."""
+    foreseen: int = 0
+    """What is taken off the level for what open calls have produced beyond their holds. Nor this: it is in adjusted."""
 
     def due(self, now: int) -> tuple[int, int]:
         """What refills until ``now``, and the remainder."""
@@ -148,7 +152,7 @@ class Bucket:
             return (max(0, room - self.held), 0) if turned else (0, 0)
         if self.window not in WINDOW_US or room <= 0:
             return 0, 0
-        refilled, carry = divmod(self.carry + self.amount * (now - self.at), WINDOW_US[self.window])
+        refilled, carry = divmod(self.carry + (self.amount - self.outside) * (now - self.at), WINDOW_US[self.window])
         return (refilled, carry) if refilled < room else (room, 0)
 
     def columns(self) -> tuple[int, ...]:
@@ -273,7 +277,7 @@ class Recount:
             tag, entries = _unpack(chunk)
             if tag == "open":
                 opened.update(entry[0] for entry in entries)
-            else:
+            elif tag == "ended":
                 ended.update({key: tuple(entry[5]) for key, entry in entries if entry[0] in (1, 2, 3)})
         if opened != {key for key, call in self.calls.items() if call.state == "open"}:
             self.fault("the snapshot's open reservations are not those of the journal")
@@ -303,7 +307,8 @@ class Recount:
     def _on_adv(self, number: int, refilled: int, carry: int, lost: int = 0) -> None:
         bucket = self.buckets[number]
         if lost:
-            due = (bucket.carry + bucket.amount * (self.at - bucket.at)) // WINDOW_US.get(bucket.window, 1)
+            rate = bucket.amount - bucket.outside
+            due = (bucket.carry + rate * (self.at - bucket.at)) // WINDOW_US.get(bucket.window, 1)
             if bucket.window not in WINDOW_US or refilled + lost != due:
                 self.fault(f"{bucket.name()} refilled {refilled} and lost {lost}, due were {due}")
             bucket.lost += lost
@@ -336,6 +341,9 @@ class Recount:
         *_: object,
     ) -> None:
         bucket = self.buckets[number]
+        if amount < bucket.amount:
+            bucket.outside = bucket.outside * amount // bucket.amount
+        bucket.outside = min(bucket.outside, amount * 95 // 100)
         bucket.amount, bucket.burst, bucket.carry = amount, burst, 0
         bucket.level += adjusted
         bucket.adjusted += adjusted
@@ -347,6 +355,17 @@ class Recount:
         if adjusted >= 0 and bucket.level >= bucket.burst:
             bucket.carry = 0
         self._bounded(bucket)
+
+    def _on_out(self, number: int, rate: int) -> None:
+        self.buckets[number].outside = rate
+
+    def _on_ahead(self, number: int, amount: int) -> None:
+        bucket = self.buckets[number]
+        moved = bucket.foreseen - amount
+        if moved > 0:
+            moved = min(moved, max(0, bucket.burst - bucket.level))
+        bucket.foreseen = amount
+        self._on_fix(number, moved)
 
     def _on_grant(
         self,
