@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import socket
 import statistics
 import threading
 import time
@@ -17,6 +16,7 @@ from paceline_client import AsyncClient, Client, _core
 from paceline_client.stubs import v1 as pb
 from paceline_client.stubs.google_types import status_pb2
 from tests.client.fake import Fake, granted, until
+from tests.ports import nobody
 
 MODEL = "claude-sonnet-4-5"
 AGES = 30.0
@@ -24,12 +24,11 @@ AGES = 30.0
 Connect = Callable[..., Client]
 
 
-@pytest.fixture
-def nobody() -> Iterator[str]:
+@pytest.fixture(name="nobody")
+def nobody_() -> Iterator[str]:
     """An address where nobody listens."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        yield f"127.0.0.1:{probe.getsockname()[1]}"
+    with nobody() as address:
+        yield address
 
 
 def observed(request: pb.ReserveRequest) -> pb.ReserveResponse:

@@ -15,6 +15,7 @@ import pytest
 
 from paceline_client import AsyncClient, Client, Denied
 from tests.client.fake import until
+from tests.ports import free_port
 
 pytestmark = pytest.mark.process
 
@@ -25,9 +26,7 @@ class Server:
     """`paceline serve` in a process of its own."""
 
     def __init__(self, store: str) -> None:
-        with socket.socket() as probe:
-            probe.bind(("127.0.0.1", 0))
-            self.address = f"127.0.0.1:{probe.getsockname()[1]}"
+        self.address = f"127.0.0.1:{free_port()}"
         self.store = store
         self.start()
 

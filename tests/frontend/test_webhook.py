@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import hashlib
 import hmac
-import socket
 import ssl
 import subprocess
 import threading
@@ -21,6 +20,7 @@ from paceline.config import WebhookTarget
 from paceline.frontend.alerts.webhook import Options, Webhook
 from tests.frontend.harness import until
 from tests.frontend.receiver import Receiver
+from tests.ports import nobody
 
 FAST = Options(backoff=0.01)
 
@@ -143,12 +143,10 @@ async def test_an_answer_that_drips_is_cut_off(receiver: Receiver, logged: list[
 
 
 async def test_nobody_listens(logged: list[Any]) -> None:
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    webhook = Webhook(WebhookTarget(f"http://127.0.0.1:{port}/hunter2", b"s3cret", 1_000_000), FAST)
-    webhook.post(b"{}", "e")
-    await done(webhook, 1)
+    with nobody() as address:
+        webhook = Webhook(WebhookTarget(f"http://{address}/hunter2", b"s3cret", 1_000_000), FAST)
+        webhook.post(b"{}", "e")
+        await done(webhook, 1)
     assert webhook.counts.failed == 1
     assert logged[0]["reason"] == "Connection refused"
     assert not any(secret in repr(logged) for secret in ("hunter2", "s3cret"))

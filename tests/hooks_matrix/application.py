@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import socket
 import threading
 from collections.abc import Awaitable, Callable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
@@ -14,6 +13,7 @@ from paceline_client import AsyncClient, Client
 from tests.hooks_matrix.seen import Seen, interrupted_when
 from tests.hooks_matrix.situations import Form, Situation
 from tests.hooks_matrix.world import WAIT, World, until
+from tests.ports import nobody
 
 BUDGET = 5.0
 """A busy machine is not an unreachable coordinator."""
@@ -57,13 +57,6 @@ AsyncUse = Callable[[Any, Seen], Awaitable[None]]
 Statistics = Mapping[str, int | float | bool | None]
 
 
-def nobody() -> str:
-    """Where nobody listens."""
-    with socket.socket() as found:
-        found.bind(("127.0.0.1", 0))
-        return f"127.0.0.1:{found.getsockname()[1]}"
-
-
 def make(
     sdk: Sdk, mode: Mode, form: Form, situation: Situation, world: World, *, hooked: bool
 ) -> tuple[Seen, Statistics]:
@@ -94,15 +87,14 @@ def make(
     options: dict[str, Any] = {"budget": _BUDGETS.get(situation.coordinator, BUDGET)}
     if policy is not None:
         options["policy"] = policy
-    address = "" if not hooked else nobody() if situation.coordinator in ("open", "closed") else world.address
     prelude = world.stop_server if hooked and situation.coordinator == "stops" else None
-    settings = Settings(
-        world.upstream.url if situation.upstream_is_there else f"http://{nobody()}",
-        situation.retries,
-        situation.timeout,
-        None,
-    )
-    with leaving(world) if hooked and situation.coordinator == "goes" else nullcontext():
+    with (
+        nobody() as elsewhere,
+        leaving(world) if hooked and situation.coordinator == "goes" else nullcontext(),
+    ):
+        address = "" if not hooked else elsewhere if situation.coordinator in ("open", "closed") else world.address
+        url = world.upstream.url if situation.upstream_is_there else f"http://{elsewhere}"
+        settings = Settings(url, situation.retries, situation.timeout, None)
         if mode == "sync":
             return run(sdk, settings, use, seen, address, options, prelude)
         return asyncio.run(run_async(sdk, settings, use_async, seen, address, options, prelude))

@@ -19,7 +19,8 @@ from paceline.ledger.lease import Claim, Head
 from paceline.ledger.redis import Finding, RedisStore, checks
 from paceline.ledger.redis.client import Primary
 from paceline.ledger.store import open_store
-from tests.replicas.redis_server import RedisServer, ReplicatedRedis, free_ports, need_redis, until
+from tests.ports import free_port, nobody
+from tests.replicas.redis_server import RedisServer, ReplicatedRedis, need_redis, until
 
 pytestmark = [pytest.mark.redis, pytest.mark.xdist_group("redis-connect")]
 
@@ -264,7 +265,7 @@ async def test_tls(tmp_path: Path) -> None:
         "tls_ca_cert_file": tmp_path / "ca.pem",
         "tls_auth_clients": "yes",
     }
-    (port,) = free_ports(1)
+    port = free_port()
     with RedisServer(0, tls_port=port, **settings):
         both = f"cert={tmp_path}/client.pem&key={tmp_path}/client.key"
         async with opened(f"rediss://127.0.0.1:{port}?ca={tmp_path}/ca.pem&{both}") as store:
@@ -391,17 +392,13 @@ async def test_a_server_that_restarts_is_another_primary() -> None:
 
 
 async def test_nobody_there(server: RedisServer) -> None:
-    one, two = free_ports(2)
-    for url in (
-        f"redis://127.0.0.1:{one}",
-        f"redis+sentinel://127.0.0.1:{one},127.0.0.1:{two}/svc",
-        f"redis+cluster://127.0.0.1:{one},127.0.0.1:{two}",
-    ):
-        begun = time.monotonic()
-        with pytest.raises(StoreUnavailable):
-            async with opened(url):
-                pass
-        assert time.monotonic() - begun < 2.5
+    with nobody() as one, nobody() as two:
+        for url in (f"redis://{one}", f"redis+sentinel://{one},{two}/svc", f"redis+cluster://{one},{two}"):
+            begun = time.monotonic()
+            with pytest.raises(StoreUnavailable):
+                async with opened(url):
+                    pass
+            assert time.monotonic() - begun < 2.5
     with pytest.raises(StoreError, match="cluster support disabled"):
         async with opened(f"redis+cluster://127.0.0.1:{server.port}"):
             pass

@@ -24,6 +24,8 @@ import redis
 from redis.backoff import NoBackoff
 from redis.retry import Retry
 
+from tests.ports import free_port, free_ports
+
 BINARY = shutil.which("redis-server") or shutil.which("valkey-server")
 START_SECONDS = 10.0
 """How long a server may take to answer after its start."""
@@ -38,17 +40,6 @@ def need_redis() -> None:
         if os.environ.get("CI"):
             pytest.fail(message)
         pytest.skip(message)
-
-
-def free_ports(count: int) -> list[int]:
-    """Ports that were free a moment ago."""
-    with contextlib.ExitStack() as stack:
-        ports = []
-        for _ in range(count):
-            probe = stack.enter_context(socket.socket())
-            probe.bind(("127.0.0.1", 0))
-            ports.append(int(probe.getsockname()[1]))
-        return ports
 
 
 def until(condition: Callable[[], object], what: str, seconds: float = SETTLE_SECONDS) -> None:
@@ -71,7 +62,7 @@ class RedisServer:
     def __init__(
         self, port: int | None = None, *, sentinel: str = "", files: dict[str, str] | None = None, **options: Any
     ) -> None:
-        self.port = free_ports(1)[0] if port is None else port
+        self.port = free_port() if port is None else port
         self.folder = Path(tempfile.mkdtemp(prefix="paceline-redis-"))
         for name, text in (files or {}).items():
             (self.folder / name).write_text(text)

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.proofs.process import free_port
+from tests.ports import free_ports
 from tests.replicas.checks import to
 from tests.replicas.redis_server import RedisServer, need_redis
 from tests.replicas.scene import scene
@@ -34,7 +34,7 @@ def faults() -> Iterator[Toxiproxy]:
 @pytest.mark.parametrize("fault", ["silent", "refused"])
 def test_owner_cut_off_from_the_other_servers(tmp_path: Path, faults: Toxiproxy, fault: str) -> None:
     """Their callers are told to come again, and are answered where they come next: at the owner's own front end."""
-    ports = [free_port() for _ in range(3)]
+    ports = free_ports(3)
     between = [faults.proxy(f"{fault}-{number}", f"127.0.0.1:{port}") for number, port in enumerate(ports)]
     own = [
         f"peer_listen: 127.0.0.1:{port}\npeer_advertise: {proxy.address}"

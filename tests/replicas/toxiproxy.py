@@ -22,7 +22,8 @@ from typing import Any, Literal
 
 import pytest
 
-from tests.proofs.process import ROOT, free_port
+from tests.ports import free_port
+from tests.proofs.process import ROOT
 
 MODULE = Path(__file__).with_name("toxiproxy_module")
 BINARY = ROOT / "build" / "toxiproxy" / "toxiproxy-server"
