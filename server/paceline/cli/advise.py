@@ -7,9 +7,10 @@ from typing import Annotated
 
 import typer
 
-from paceline.cli.console import say, say_json
+from paceline.cli.console import say
 from paceline.cli.limits import Pool
-from paceline.cli.remote import DEFAULT_ADDRESS, Address, AsJson, Remote, Seconds, TokenFile, as_dict, connect
+from paceline.cli.listing import pages, show_each
+from paceline.cli.remote import DEFAULT_ADDRESS, Address, AsJson, Seconds, TokenFile, connect
 from paceline.cli.words import dimension_word, span
 from paceline_client.stubs import v1 as pb
 
@@ -25,26 +26,15 @@ def advise(
 ) -> None:
     """Say what would let more calls through: a higher tier, caching, merging calls, another model."""
     with connect(address, token_file, token) as remote:
-        found = list(_all(remote, pb.ListAdviceRequest(ledger=ledger, pool=pool), timeout))
-    if as_json:
-        say_json([as_dict(each) for each in found])
-    elif not found:
-        say("nothing to advise: no calls yet")
-    for place, each in enumerate(() if as_json else found):
-        if place:
-            say("")
-        for line in _lines(each):
-            say(line)
+        method = pb.AdminServiceStub(remote.channel).ListAdvice
+        request = pb.ListAdviceRequest(ledger=ledger, pool=pool)
+        found = [each for page in pages(remote, method, request, timeout) for each in page.pools]
+    show_each(found, as_json, "nothing to advise: no calls yet", _show)
 
 
-def _all(remote: Remote, request: pb.ListAdviceRequest, timeout: float) -> Iterator[pb.PoolAdvice]:
-    stub = pb.AdminServiceStub(remote.channel)
-    while True:
-        page = stub.ListAdvice(request, timeout=timeout, metadata=remote.metadata)
-        yield from page.pools
-        if not page.next_page_token:
-            return
-        request.page_token = page.next_page_token
+def _show(found: pb.PoolAdvice) -> None:
+    for line in _lines(found):
+        say(line)
 
 
 def _lines(found: pb.PoolAdvice) -> Iterator[str]:

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import Annotated
 
 import typer
 
 from paceline.cli.console import say, say_json, show, table
+from paceline.cli.listing import pages
 from paceline.cli.remote import DEFAULT_ADDRESS, Address, AsJson, Remote, Seconds, TokenFile, as_dict, connect
 from paceline.cli.words import enum_word
 from paceline_client.stubs import v1 as pb
@@ -33,7 +33,7 @@ def ledgers(
     if context.invoked_subcommand is not None:
         return
     with connect(address, token_file, token) as remote:
-        found = list(_all(remote, timeout))
+        found = _ledgers(remote, timeout)
     if as_json:
         say_json([as_dict(ledger) for ledger in found])
     elif not found:
@@ -71,7 +71,7 @@ def finalize(
     """
     with connect(address, token_file, token) as remote:
         stub = pb.AdminServiceStub(remote.channel)
-        names = [ledger] if ledger else [each.name for each in _all(remote, timeout)]
+        names = [ledger] if ledger else [each.name for each in _ledgers(remote, timeout)]
         for name in names:
             request = pb.FinalizeUpgradeRequest(ledger=name, form=form)
             answer = stub.FinalizeUpgrade(request, timeout=timeout, metadata=remote.metadata)
@@ -107,12 +107,7 @@ def _form(ledger: pb.Ledger) -> str:
     return str(ledger.form)
 
 
-def _all(remote: Remote, timeout: float) -> Iterator[pb.Ledger]:
-    stub = pb.AdminServiceStub(remote.channel)
-    request = pb.ListLedgersRequest()
-    while True:
-        page = stub.ListLedgers(request, timeout=timeout, metadata=remote.metadata)
-        yield from page.ledgers
-        if not page.next_page_token:
-            return
-        request.page_token = page.next_page_token
+def _ledgers(remote: Remote, timeout: float) -> list[pb.Ledger]:
+    method = pb.AdminServiceStub(remote.channel).ListLedgers
+    found = pages(remote, method, pb.ListLedgersRequest(), timeout)
+    return [ledger for page in found for ledger in page.ledgers]

@@ -7,8 +7,10 @@ from typing import Annotated, Final
 
 import typer
 
-from paceline.cli.console import say, say_json, show, table
-from paceline.cli.remote import DEFAULT_ADDRESS, Address, AsJson, Remote, Seconds, TokenFile, as_dict, connect
+from paceline.cli.console import say, show, table
+from paceline.cli.listing import pages, show_each
+from paceline.cli.pools import NO_POOLS
+from paceline.cli.remote import DEFAULT_ADDRESS, Address, AsJson, Seconds, TokenFile, connect
 from paceline.cli.words import amount, dimension_word, enum_word, present, source_word, span, window_word
 from paceline_client.stubs import v1 as pb
 
@@ -42,25 +44,10 @@ def limits(
 ) -> None:
     """Show what is known of the limits, and why: where they come from, what readings say, what binds."""
     with connect(address, token_file, token) as remote:
-        found = list(_all(remote, pb.ListLimitsRequest(ledger=ledger, pool=pool), timeout))
-    if as_json:
-        say_json([as_dict(each) for each in found])
-    elif not found:
-        say("no pools yet: a pool is made when it is configured, or first asked for")
-    for place, each in enumerate(() if as_json else found):
-        if place:
-            say("")
-        _show(each)
-
-
-def _all(remote: Remote, request: pb.ListLimitsRequest, timeout: float) -> Iterator[pb.PoolLimits]:
-    stub = pb.AdminServiceStub(remote.channel)
-    while True:
-        page = stub.ListLimits(request, timeout=timeout, metadata=remote.metadata)
-        yield from page.pools
-        if not page.next_page_token:
-            return
-        request.page_token = page.next_page_token
+        method = pb.AdminServiceStub(remote.channel).ListLimits
+        request = pb.ListLimitsRequest(ledger=ledger, pool=pool)
+        found = [each for page in pages(remote, method, request, timeout) for each in page.pools]
+    show_each(found, as_json, NO_POOLS, _show)
 
 
 def _show(found: pb.PoolLimits) -> None:

@@ -8,12 +8,14 @@ from typing import Annotated
 import typer
 
 from paceline.cli.console import say, say_json, show, table
-from paceline.cli.remote import DEFAULT_ADDRESS, Address, AsJson, Remote, Seconds, TokenFile, as_dict, connect
+from paceline.cli.listing import pages
+from paceline.cli.remote import DEFAULT_ADDRESS, Address, AsJson, Seconds, TokenFile, as_dict, connect
 from paceline.cli.words import amount, dimension_word, enum_word, present, source_word, window_word
 from paceline_client.stubs import v1 as pb
 
 _COLUMNS = ("pool", "state", "dimension", "window", "limit", "burst", "level", "held", "source", "waiting")
 _NUMBERS = ("limit", "burst", "level", "held", "waiting")
+NO_POOLS = "no pools yet: a pool is made when it is configured, or first asked for"
 
 
 def pools(
@@ -26,27 +28,18 @@ def pools(
 ) -> None:
     """Show the pools of a server: their limits, and what is left."""
     with connect(address, token_file, token) as remote:
-        found = list(_all(remote, ledger, timeout))
+        method = pb.AdminServiceStub(remote.channel).ListPools
+        request = pb.ListPoolsRequest(ledger=ledger)
+        found = [pool for page in pages(remote, method, request, timeout) for pool in page.pools]
     if as_json:
         say_json([as_dict(pool) for pool in found])
     elif not found:
-        say("no pools yet: a pool is made when it is configured, or first asked for")
+        say(NO_POOLS)
     else:
         content = table(*_COLUMNS, right=_NUMBERS)
         for row in _rows(found):
             content.add_row(*row)
         show(content)
-
-
-def _all(remote: Remote, ledger: str, timeout: float) -> Iterator[pb.Pool]:
-    stub = pb.AdminServiceStub(remote.channel)
-    request = pb.ListPoolsRequest(ledger=ledger)
-    while True:
-        page = stub.ListPools(request, timeout=timeout, metadata=remote.metadata)
-        yield from page.pools
-        if not page.next_page_token:
-            return
-        request.page_token = page.next_page_token
 
 
 def _rows(found: list[pb.Pool]) -> Iterator[tuple[str, ...]]:

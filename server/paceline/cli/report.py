@@ -8,8 +8,9 @@ from typing import Annotated, Final
 import typer
 from google.protobuf.duration_pb2 import Duration
 
-from paceline.cli.console import say, say_json, show, table
-from paceline.cli.remote import DEFAULT_ADDRESS, Address, AsJson, Remote, Seconds, TokenFile, as_dict, connect
+from paceline.cli.console import say, show, table
+from paceline.cli.listing import pages, show_each
+from paceline.cli.remote import DEFAULT_ADDRESS, Address, AsJson, Seconds, TokenFile, connect
 from paceline.cli.words import dimension_word, enum_word, span
 from paceline_client.stubs import v1 as pb
 
@@ -42,26 +43,9 @@ def report(
     """Compare what was decided, or in observe mode would have been, with what the upstream refused."""
     request = pb.GetReportRequest(ledger=ledger, pool=pool, tenant=tenant, by_tenant=by_tenant)
     with connect(address, token_file, token) as remote:
-        found = list(_all(remote, request, timeout))
-    if as_json:
-        say_json([as_dict(each) for each in found])
-    elif not found:
-        say("no calls yet")
-    else:
-        for place, each in enumerate(found):
-            if place:
-                say("")
-            _show(each)
-
-
-def _all(remote: Remote, request: pb.GetReportRequest, timeout: float) -> Iterator[pb.Report]:
-    stub = pb.AdminServiceStub(remote.channel)
-    while True:
-        page = stub.GetReport(request, timeout=timeout, metadata=remote.metadata)
-        yield from page.reports
-        if not page.next_page_token:
-            return
-        request.page_token = page.next_page_token
+        method = pb.AdminServiceStub(remote.channel).GetReport
+        found = [each for page in pages(remote, method, request, timeout) for each in page.reports]
+    show_each(found, as_json, "no calls yet", _show)
 
 
 def _show(found: pb.Report) -> None:

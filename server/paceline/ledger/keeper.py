@@ -27,6 +27,7 @@ from paceline.ledger.options import OwnerOptions, Phase
 from paceline.ledger.owner import Owner
 from paceline.ledger.shared import Bid, SharedJournal, StoreHeld, Terms, check_of, too_new
 from paceline.ledger.succession import due, heirs, ranking
+from paceline.ledger.tasks import halt
 
 _log = structlog.get_logger("paceline.ledger")
 
@@ -226,10 +227,10 @@ class Keeper:
         with contextlib.suppress(StoreError):
             await self._announce()
         # A take-over that is under way ends first, one way or the other.
-        await self._halt([entry.task for entry in self._entries.values() if entry.owner is None])
+        await halt([entry.task for entry in self._entries.values() if entry.owner is None])
         owned = [entry for entry in self._entries.values() if entry.owner is not None]
         await asyncio.gather(*(self._leave(entry, deadline) for entry in owned))
-        await self._halt([self._announcing, *(entry.task for entry in self._entries.values())])
+        await halt([self._announcing, *(entry.task for entry in self._entries.values())])
         with contextlib.suppress(StoreError, TimeoutError):
             async with asyncio.timeout(1.0):
                 await self._commands.announce(self.info, 0)
@@ -251,14 +252,6 @@ class Keeper:
         self._nodes = found.nodes
         for ledger in found.ledgers:
             self.want(ledger)
-
-    @staticmethod
-    async def _halt(tasks: Iterable[asyncio.Task[None] | None]) -> None:
-        running = [task for task in tasks if task is not None and not task.done()]
-        for task in running:
-            task.cancel()
-        if running:
-            await asyncio.wait(running)
 
     # -- one ledger -----------------------------------------------------------------------------------------------
 

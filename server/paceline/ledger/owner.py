@@ -55,6 +55,7 @@ from paceline.ledger.journal import (
 from paceline.ledger.machine import Books, Decider, Decision, EngineMachine, Machine
 from paceline.ledger.options import LATENCY_BUCKETS, OwnerOptions, Phase, Statistics
 from paceline.ledger.shared import Bid, Known, SharedJournal, StoreDeposed, StoreHeld, StoreLost
+from paceline.ledger.tasks import halt
 
 _log = structlog.get_logger("paceline.ledger")
 
@@ -266,7 +267,7 @@ class Owner:
         except TimeoutError:
             self._log.warning("ledger did not drain in time", unanswered=len(self._replies))
         self._enter(Phase.DRAINING)
-        await self._halt(self._recovery)
+        await halt([self._recovery])
         if healthy and self._shared is not None and not self._is_deposed():
             # What the store may have lost a moment ago is put back.
             try:
@@ -281,8 +282,8 @@ class Owner:
         if self._timer is not None:
             self._timer.cancel()
             self._timer = None
-        await self._halt(self._dumping)
-        await self._halt(self._beating)
+        await halt([self._dumping])
+        await halt([self._beating])
         if healthy and self._is_folded() and self._seq > self._snapshot_seq:
             dump = self._snapshot(self._mark(), begun(self._books.dump(self._written_form)), throttle=False)
             try:
@@ -290,7 +291,7 @@ class Owner:
                     await dump
             except (TimeoutError, StoreError) as error:
                 self._log.warning("no snapshot at the end; the next start replays the journal", error=str(error))
-        await self._halt(self._appender)
+        await halt([self._appender])
         self._appender = None
         with contextlib.suppress(TimeoutError, StoreError):
             async with asyncio.timeout(max(0.1, (deadline - self._clock.monotonic()) / 1e6)):
@@ -318,8 +319,8 @@ class Owner:
         try:
             async with asyncio.timeout(timeout):
                 await self._written()
-                await self._halt(self._beating)
-                await self._halt(self._dumping)
+                await halt([self._beating])
+                await halt([self._dumping])
                 if not self._is_deposed():
                     # The successor finds everything, also if the store has just failed over, and need not allow for a
                     # time in which this owner may not have been there.
@@ -906,12 +907,6 @@ class Owner:
             self._timer = None
         self._wake_at = None
 
-    @staticmethod
-    async def _halt(task: asyncio.Task[None] | None) -> None:
-        if task is not None and not task.done():
-            task.cancel()
-            await asyncio.wait([task])
-
     # -- loading ---------------------------------------------------------------------------------------------
 
     async def _load(self, fold: Fold | None = None, bid: Bid | None = None) -> None:
@@ -922,7 +917,7 @@ class Owner:
         try:
             loaded, fold = await self._fold(fold, bid)
         finally:
-            await self._halt(renewing)
+            await halt([renewing])
         self._books = fold.books
         self._tainted = False
         self.form = loaded.form

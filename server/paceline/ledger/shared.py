@@ -99,7 +99,6 @@ class Statistics:
     def __init__(self) -> None:
         self.reasserted = 0
         """Times that lost records were put back."""
-        self.reasserted_records = 0
         self.refounded = 0
         """Times that the books were put back whole."""
         self.renewals = 0
@@ -226,7 +225,6 @@ class SharedJournal:
             raise StoreUnavailable(f"ledger {self.ledger!r} changed while it was taken over; try again") from fenced
         tenure.reasserted(stamped, sent_at)
         self.statistics.reasserted += 1
-        self.statistics.reasserted_records += len(records)
         _log.error("the store had lost records of the owner before; they were put back", ledger=self.ledger)
 
     async def _continues(self, head: Head, known: Known) -> bool:
@@ -360,7 +358,6 @@ class SharedJournal:
             return  # asked again, the store says where it ends now
         tenure.reasserted(stamped, sent_at)
         self.statistics.reasserted += 1
-        self.statistics.reasserted_records += len(verdict.records)
         _log.error(
             "the store had lost acknowledged records; they were put back",
             ledger=self.ledger,
