@@ -119,6 +119,23 @@ def tight() -> Ledger:
     return ledger
 
 
+def test_a_lone_call_that_may_say_more_than_the_burst_waits_until_that_is_full() -> None:
+    ledger = tight()
+    ledger.reserve("before", Estimate(input_tokens=10))
+    ledger.commit("before", Usage(input_tokens=10, output_tokens=500), remaining=6_000, took_s=1.0)
+    # A new tenant: what it states is not scaled.
+    large = op.Candidate("p", (), Estimate(input_tokens=10, output_tokens=12_000))
+    asked = ledger.now
+    assert ledger.do(op.Reserve("large", (large,), "new", "r", max_wait_us=5 * MINUTE_US)) is None
+    while "large" not in ledger.engine.state.open:
+        ledger.now += SECOND_US
+        assert ledger.now < asked + MINUTE_US
+        ledger.engine.step(ledger.now, [])
+    assert ledger.engine.state.open["large"].holds[OUTPUT] == 12_000
+    # About 2,000 of 8,000 a minute were missing, by a rounded reading.
+    assert 9 * SECOND_US <= ledger.now - asked <= 17 * SECOND_US
+
+
 def test_a_hung_call_shuts_nobody_out() -> None:
     ledger = tight()
     ledger.reserve("hung", Estimate(input_tokens=10, max_output_tokens=500))

@@ -234,6 +234,29 @@ def last_month_gives_nothing_back_to_this_one() -> None:
 
 
 @case
+def the_turn_of_a_month_promises_nothing_that_open_calls_take_along() -> None:
+    bench = Bench(DefineSpend(100), amount=600, burst=1_000)
+    bench.engine.step(next_month(bench.now) - 10 * SECOND_US, [(0, reserve(1, 80))])
+    bench.now = next_month(bench.now) - 5 * SECOND_US
+    (answer,) = bench.do(reserve(2, 30))
+    assert isinstance(answer, Denied)
+    assert answer.reason is Reason.SPEND_CAP
+    assert answer.retry_after_us is None
+
+
+@case
+def a_month_that_has_turned_wakes_nobody_again() -> None:
+    bench = Bench(DefineSpend(100), amount=600, burst=1_000)
+    bench.engine.step(next_month(bench.now) - 10 * SECOND_US, [(0, reserve(1, 80))])
+    bench.now = next_month(bench.now) + 100 * SECOND_US
+    step = bench.engine.step(bench.now, [(0, reserve(2, 30, wait=600))])
+    assert not step.answers
+    assert step.wake_at is not None
+    # The first call's hold runs out.
+    assert step.wake_at >= bench.now + 100 * SECOND_US
+
+
+@case
 def a_release_after_the_settlement_changes_nothing() -> None:
     bench = Bench()
     bench.do(reserve(1, 50))

@@ -53,12 +53,17 @@ def fits(books: Books, option: Option) -> bool:
 
 def missing(books: Books, number: int, option: Option, hold: int, count: int) -> int:
     """What ``count`` calls that hold ``hold`` each are short of in a bucket; not above zero: they fit."""
-    bucket, now = books.state.buckets[number], books.now
-    level = bucket.level + bucket.refill(now)[0]
+    bucket = books.state.buckets[number]
+    level = bucket.level + bucket.refill(books.now)[0]
     need = bucket.need(hold, count, option.margin)
-    return need - books.outlook.level(
-        number, bucket, level, need, option.kind, option.sizes.max_output_tokens, hold, count, now
-    )
+    return need - _usable(books, number, option, level, need, hold, count)
+
+
+def _usable(books: Books, number: int, option: Option, level: int, need: int, hold: int, count: int) -> int:
+    """What these calls may use of a bucket whose level, net of all holds, is ``level``, if they need ``need``."""
+    most = option.sizes.max_output_tokens
+    bucket = books.state.buckets[number]
+    return books.outlook.level(number, bucket, level, need, option.kind, most, hold, count, books.now)
 
 
 def room(books: Books, option: Option, most: int) -> int:
@@ -104,13 +109,7 @@ def judge(books: Books, number: int, option: Option, hold: int, count: int, ahea
         return Verdict(None, 0, Reason.POOL_CLOSED if not bucket.burst else reason, dimension, final=True)
     refilled, carry = bucket.refill(now)
     level = bucket.level + refilled
-    left = (
-        books.outlook.level(
-            number, bucket, level, need + ahead, option.kind, option.sizes.max_output_tokens, hold, count, now
-        )
-        - ahead
-        - need
-    )
+    left = _usable(books, number, option, level, need + ahead, hold, count) - ahead - need
     if left >= 0:
         return NOW
     # What open calls hold may come back: of money, of gauges, and of output, which is held as estimated. Requests and
@@ -120,6 +119,9 @@ def judge(books: Books, number: int, option: Option, hold: int, count: int, ahea
     if bucket.window in (Window.NONE, Window.MONTH) or dimension is Dimension.OUTPUT_TOKENS:
         optimistic = level - need + bucket.held
         hope = bucket.wait_us(optimistic, carry, now) if optimistic < 0 else 0
+    if bucket.window is Window.MONTH and need + ahead > bucket.burst - bucket.held:
+        # Open calls are taken along into the next month: what they hold is missing there until they end.
+        wait = None
     reason = Reason.SPEND_CAP if dimension is Dimension.SPEND else Reason.LIMIT
     if hope is None:
         # Even if everything came back it would not fit.

@@ -177,7 +177,10 @@ class Bucket(msgspec.Struct, array_like=True):
         """Time from ``now`` until a ``level`` below zero, with ``carry``, has refilled to zero; ``None``: never."""
         window = WINDOW_US.get(self.window)
         if window is None:
-            return max(0, self.turns_at - now) if self.window is Window.MONTH else None
+            if self.window is not Window.MONTH:
+                return None
+            # A turn that is past has given what it gives, booked or not.
+            return (self.turns_at if self.turns_at > now else next_month(now)) - now
         rate = self.amount - self.outside
         if rate <= 0:
             return None

@@ -163,9 +163,8 @@ class _Open:
 class Demand:
     """What the open calls of one limit will still produce."""
 
-    def __init__(self, state: State, number: int) -> None:
+    def __init__(self, state: State) -> None:
         self._state = state
-        self._number = number
         self._kinds: dict[_Key, _Open] = {}
         self._asked: dict[_Key, Table] = {}
         """Tables of kinds of which no call is open."""
@@ -266,8 +265,9 @@ class Demand:
         rounding = 0 if bucket.constraint is None else bucket.constraint.rounding
         margin = (rounding + 1) // 2 + min(bucket.amount * MARGIN_US // MINUTE_US, bucket.burst // MARGIN_PART)
         if not self.calls:
-            # A lone call is not to be made impossible.
-            return gross - margin if gross < bucket.burst else gross
+            # A lone call is not to be made impossible: it passes when the upstream has all of its burst left.
+            beyond = max(0, bucket.need(hold) - bucket.burst) if count == 1 else 0
+            return beyond + (gross - margin if gross < bucket.burst else gross)
         rate = (bucket.amount - bucket.outside) / 60
         means, variances = self._table((kind, bin_of(most)), hold, now).row(0.0)
         least = gross - margin
@@ -332,7 +332,7 @@ class Outlook:
         """That of one limit; it is made from the books if need be."""
         demand = self.demands.get(number)
         if demand is None:
-            demand = self.demands[number] = Demand(self._state, number)
+            demand = self.demands[number] = Demand(self._state)
             for reservation in self._state.open_in[self._state.buckets[number].pool].values():
                 if number in reservation.buckets:
                     demand.opened(reservation, now)

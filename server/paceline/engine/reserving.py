@@ -13,7 +13,7 @@ from paceline.engine import answers as an
 from paceline.engine import events as ev
 from paceline.engine import operations as op
 from paceline.engine import pressure as pr
-from paceline.engine.accounting import Sizes
+from paceline.engine.accounting import Profile
 from paceline.engine.admission import Verdict
 from paceline.engine.answers import Answer, Reason
 from paceline.engine.books import Books
@@ -24,7 +24,7 @@ from paceline.engine.operations import Mode, Priority
 from paceline.engine.outside import HALVES_US
 from paceline.engine.queue import LaneKey, Option, Waiter, lane_of
 from paceline.engine.recipe import Recipe
-from paceline.engine.sizes import fill, surprise
+from paceline.engine.sizes import fill
 from paceline.engine.state import Ended
 from paceline.engine.stats import Stats
 from paceline.engine.teaching import Teacher
@@ -80,13 +80,12 @@ class Reserving:
                 self._refuse(ticket, "tenant", f"the ledger has its most limits ({books.caps.buckets})", full=True)
                 return
             kind = (candidate.pool, operation.tenant, operation.route)
-            sizes = fill(books.state.learned, pool.profile, kind, candidate.estimate)
+            sizes, margin = fill(books.state.learned, pool.profile, kind, candidate.estimate)
             recipe = books.recipe(candidate.pool, numbers)
             holds = recipe.holds(sizes, candidate.prices)
             if books.state.learned:
-                holds = self._possible(holds, numbers, recipe, pool.profile.fill(candidate.estimate), candidate)
+                holds = self._possible(holds, numbers, recipe, pool.profile, candidate)
             together = 1 if operation.partial else operation.count
-            margin = surprise(books.state.learned, kind, stated=candidate.estimate.input_tokens is not None)
             option = Option(
                 index, candidate.pool, candidate.shares, numbers, holds, sizes, recipe, together, kind, margin
             )
@@ -105,13 +104,18 @@ class Reserving:
             self._refuse(ticket, "candidates", "names no candidate")
 
     def _possible(
-        self, holds: tuple[int, ...], numbers: tuple[int, ...], recipe: Recipe, stated: Sizes, candidate: op.Candidate
+        self,
+        holds: tuple[int, ...],
+        numbers: tuple[int, ...],
+        recipe: Recipe,
+        profile: Profile,
+        candidate: op.Candidate,
     ) -> tuple[int, ...]:
         """What is learned makes no lone call impossible: a hold that only it puts above the burst is the burst."""
         buckets = self._books.state.buckets
         if all(hold <= buckets[number].burst for hold, number in zip(holds, numbers, strict=True)):
             return holds
-        before = recipe.holds(stated, candidate.prices)
+        before = recipe.holds(profile.fill(candidate.estimate), candidate.prices)
         return tuple(
             max(was, min(hold, buckets[number].burst)) for hold, was, number in zip(holds, before, numbers, strict=True)
         )

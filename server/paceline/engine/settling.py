@@ -196,7 +196,7 @@ class Settling:
         if numbers is None:
             return an.Invalid("tenant", f"the ledger has its most limits ({books.caps.buckets})", full=True)
         kind = (candidate.pool, operation.tenant, operation.route)
-        sizes = fill(books.state.learned, pool.profile, kind, candidate.estimate)
+        sizes, _ = fill(books.state.learned, pool.profile, kind, candidate.estimate)
         holds = books.recipe(candidate.pool, numbers).holds(sizes, candidate.prices)
         charged = self._charge(candidate.pool, numbers, holds, candidate.prices, sizes, None, outcome)
         made_at = self._made_at(outcome, operation.age_us)

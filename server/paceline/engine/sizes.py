@@ -200,42 +200,42 @@ def _above(kind: Kind) -> tuple[Kind, Kind, Kind]:
     return kind, (pool, tenant, ALL), (pool, ALL, ALL)
 
 
-def finest(kinds: Kinds, kind: Kind, *, own: bool = False) -> Learned | None:
-    """What is known of the finest of a kind's kinds of which enough is. ``own``: without what other tenants taught."""
-    for found in _above(kind)[: 2 if own else 3]:
+def finest(kinds: Kinds, kind: Kind) -> Learned | None:
+    """What is known of the finest of a kind's kinds of which enough is."""
+    return _first_of(kinds, _above(kind))
+
+
+def _first_of(kinds: Kinds, candidates: tuple[Kind, ...]) -> Learned | None:
+    for found in candidates:
         learned = kinds.get(found)
         if learned is not None and learned.calls >= ENOUGH:
             return learned
     return None
 
 
-def fill(kinds: Kinds, profile: Profile, kind: Kind, estimate: Estimate) -> Sizes:
-    """The sizes to hold for a call. An estimate of zero is no gap, and stays zero.
+def fill(kinds: Kinds, profile: Profile, kind: Kind, estimate: Estimate) -> tuple[Sizes, int]:
+    """The sizes to hold for a call, and by how much its input may exceed them, but for rare calls.
 
-    Gaps are filled from whatever is known; what a caller states is scaled by its own tenant's errors alone.
+    Gaps are filled from whatever is known; what a caller states is scaled by its own tenant's errors alone. An estimate
+    of zero is no gap, and stays zero.
     """
-    learned = finest(kinds, kind)
+    *theirs, everybody = _above(kind)
+    own = _first_of(kinds, tuple(theirs))
+    learned = _first_of(kinds, (everybody,)) if own is None else own
     if learned is None:
-        return profile.fill(estimate)
-    own = finest(kinds, kind, own=True)
+        return profile.fill(estimate), 0
     coming, output = estimate.input_tokens, estimate.output_tokens
-    if coming is None:
-        coming = learned.expect(None)
-    elif own is not None:
-        coming = own.expect(coming)
+    judge = learned if coming is None else own
+    if judge is not None:
+        coming = judge.expect(coming)
     if output is None:
         output = -(-learned.outputs // learned.whole) if learned.whole >= ENOUGH else None
     elif output and own is not None:
         output = _scaled(output, own.produced, own.foretold, own.told)
     if output is not None and estimate.max_output_tokens is not None:
         output = min(output, estimate.max_output_tokens)
-    return profile.fill(msgspec.structs.replace(estimate, input_tokens=coming, output_tokens=output))
-
-
-def surprise(kinds: Kinds, kind: Kind, *, stated: bool) -> int:
-    """By how much the input of a call of this kind may exceed what is held for it, but for rare ones."""
-    learned = finest(kinds, kind, own=stated)
-    return 0 if learned is None else learned.surprise
+    sizes = profile.fill(msgspec.structs.replace(estimate, input_tokens=coming, output_tokens=output))
+    return sizes, 0 if judge is None else judge.surprise
 
 
 def _scaled(estimate: int, was: int, told: int, number: int) -> int:

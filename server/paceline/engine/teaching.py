@@ -6,6 +6,8 @@ admit less outlives its evidence: a learned restriction lapses when no reading c
 
 from __future__ import annotations
 
+from collections import defaultdict
+
 from paceline.engine import events as ev
 from paceline.engine import reconcile
 from paceline.engine.accounting import WEIGHT_ONE
@@ -72,9 +74,9 @@ class Teacher:
         self._trail = books.trail
         self._definitions = definitions
         self._stats = stats
-        self._samplers: dict[int, Sampler] = {}
+        self._samplers: defaultdict[int, Sampler] = defaultdict(Sampler)
         """By bucket."""
-        self._rims: dict[int, Rim] = {}
+        self._rims: defaultdict[int, Rim] = defaultdict(Rim)
         self._at_rim: set[int] = set()
         """Buckets of which the newest reading was about the most that is ever read."""
         self._least_burst: dict[int, int] = {}
@@ -185,9 +187,8 @@ class Teacher:
         elif overtaken:
             return
         burst = limit if bucket.burst == bucket.amount else bucket.burst * limit // max(1, bucket.amount)
-        moved = Limit(bucket.dimension, bucket.window, limit, burst)
-        self._definitions.move(number, moved, learned=True, override=bucket.override)
-        self._sampler(number).forget()
+        self._move(number, bucket, limit, burst)
+        self._samplers[number].forget()
 
     def _learn_burst(self, number: int, bucket: Bucket, reading: Reading) -> None:
         known = (reading.remaining or 0) - (reading.rounding + 1) // 2
@@ -195,8 +196,7 @@ class Teacher:
             # More is there than was believed possible.
             raised = min(known, max(bucket.amount, bucket.configured_burst))
             if raised > bucket.burst:
-                moved = Limit(bucket.dimension, bucket.window, bucket.amount, raised)
-                self._definitions.move(number, moved, learned=True, override=bucket.override)
+                self._move(number, bucket, bucket.amount, raised)
         bounds = reconcile.burst_bounds(bucket, reading)
         if bounds is None:
             return
@@ -211,8 +211,12 @@ class Teacher:
         elif least > burst and not bucket.override:
             burst = min(least, max(bucket.amount, bucket.configured_burst))
         if burst != bucket.burst:
-            moved = Limit(bucket.dimension, bucket.window, bucket.amount, burst)
-            self._definitions.move(number, moved, learned=True, override=bucket.override)
+            self._move(number, bucket, bucket.amount, burst)
+
+    def _move(self, number: int, bucket: Bucket, amount: int, burst: int) -> None:
+        """Learn a limit, or where its burst is."""
+        moved = Limit(bucket.dimension, bucket.window, amount, burst)
+        self._definitions.move(number, moved, learned=True, override=bucket.override)
 
     def _learn_level(
         self,
@@ -250,15 +254,9 @@ class Teacher:
             # Older than what stands: it may still narrow the level once, but does not replace the newer one.
             self._adjust(number, reconcile.correction(bucket, constraint, now))
         self._correct(number, bucket, now)
-        rate = self._sampler(number).read(bucket, now)
+        rate = self._samplers[number].read(bucket, now)
         if rate is not None:
             self._emit(ev.OutsideLearned(number, rate))
-
-    def _sampler(self, number: int) -> Sampler:
-        sampler = self._samplers.get(number)
-        if sampler is None:
-            sampler = self._samplers[number] = Sampler()
-        return sampler
 
     def _follow(
         self, number: int, bucket: Bucket, trail: Trail, low: int | None, high: int | None, since: int, until: int
@@ -278,15 +276,12 @@ class Teacher:
 
     def _look_for_rim(self, number: int, bucket: Bucket, trail: Trail, high: int, since: int, until: int) -> None:
         """Lower a burst that our books reach and the upstream does not."""
-        rim = self._rims.get(number)
-        if rim is None:
-            rim = self._rims[number] = Rim()
+        rim = self._rims[number]
         span = trail.between(since, until)
         if span is not None:
             burst = rim.read(high, self._least_burst.get(number, 0), span.least + bucket.corrected)
             if burst is not None and 0 < burst < bucket.burst:
-                moved = Limit(bucket.dimension, bucket.window, bucket.amount, burst)
-                self._definitions.move(number, moved, learned=True, override=bucket.override)
+                self._move(number, bucket, bucket.amount, burst)
         if rim.near(high):
             self._at_rim.add(number)
         else:
@@ -300,7 +295,7 @@ class Teacher:
         if amount:
             self._emit(ev.Corrected(number, amount))
             if amount > 0 or number not in self._at_rim:
-                self._sampler(number).correct(amount)
+                self._samplers[number].correct(amount)
             bucket = self._state.buckets[number]
             self._stats.corrections[bucket.pool, bucket.dimension] += abs(amount)
 
