@@ -75,7 +75,7 @@ pytest: env ## the tests alone
 	@echo "==> pytest"
 	@$(WITH_TOOLS) python -m pytest -n $(PYTEST_WORKERS) --dist loadgroup $(PYTEST_ARGS)
 
-.PHONY: prove-kill prove-fuzz prove-outage
+.PHONY: prove-kill prove-fuzz prove-outage prove-learning
 prove-kill: env ## 20,000 pairs while the server is killed 30 times; nothing may be lost (some minutes)
 	@$(WITH_TOOLS) python -m tests.proofs.kill9 $(PROOF_ARGS)
 
@@ -84,6 +84,9 @@ prove-fuzz: env ## 50,000 broken messages to a server; nothing may break (some m
 
 prove-outage: env ## the server is killed under a saturating fleet, and comes back (two minutes)
 	@$(WITH_TOOLS) python -m bench.outage $(PROOF_ARGS)
+
+prove-learning: env ## rows of the laboratory of learning, with the official SDK in real time (20 minutes)
+	@$(WITH_TOOLS) python -m bench.learning_sdk $(PROOF_ARGS)
 
 # Fleets of three servers over one Redis.
 .PHONY: prove-replicas prove-failover prove-quiet prove-paused prove-trouble prove-recovery prove-outage-fleet

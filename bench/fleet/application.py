@@ -20,9 +20,6 @@ from bench.fleet.plan import CALL_HEADER, TENANT_HEADER, Plan, Record, retries
 from bench.workloads import Size
 from paceline.upstream.tokens import PER_MESSAGE, text_of
 
-OUTPUT_CAP = 4_096
-"""``max_tokens`` of every call: callers give room and use little of it."""
-
 
 @dataclass(slots=True)
 class _Sending:
@@ -85,7 +82,7 @@ class Application:
         if not self._plan.stream:
             answer = await create(
                 model=self._plan.model,
-                max_tokens=OUTPUT_CAP,
+                max_tokens=self._plan.max_tokens,
                 messages=messages,
                 metadata=metadata,
                 extra_headers=headers,
@@ -95,7 +92,7 @@ class Application:
             complete = False
             async with await create(
                 model=self._plan.model,
-                max_tokens=OUTPUT_CAP,
+                max_tokens=self._plan.max_tokens,
                 messages=messages,
                 metadata=metadata,
                 extra_headers=headers,

@@ -40,6 +40,8 @@ class Plan(msgspec.Struct, frozen=True, kw_only=True):
     deadline_s: float
     """From the application's call to the complete answer."""
     stream: bool
+    max_tokens: int = 4_096
+    """Of every call: callers give room and use little of it."""
     spans: list[Span] = []
     """An open loop: calls arrive by this process, at ``part`` of its rates, whether or not earlier ones are done."""
     part: float = 1.0
