@@ -100,6 +100,7 @@ def main() -> None:
     )
     asked.add_argument("--callers", type=int, default=256, help="who measure the most that the fleet does")
     asked.add_argument("--seconds", type=float, default=6.0, help="of that measurement")
+    asked.add_argument("--before", type=float, default=0.0, help="seconds of load before the first change")
     options = asked.parse_args()
     say(f"seed {options.seed}, 3 servers, one Redis")
     faults: list[str] = []
@@ -118,6 +119,8 @@ def main() -> None:
         clients.flowing(100)
         time.sleep(SETTLE_SECONDS)
         deeds = Deeds(on, clients)
+        began = now()
+        time.sleep(options.before)
         for number in range(options.kills):
             deeds.do("owner killed", lambda owner: owner.kill())
             if number % 5 == 4:
@@ -132,14 +135,18 @@ def main() -> None:
         faults += judgement.faults + conserved(judgement) + on.fleet.faults()
         every = [at for times in deeds.times.values() for at in times]
         median = quiet_median(judgement.entries, every)
-        quiet = [
-            entry.answered - entry.asked
-            for entry in judgement.entries
-            if entry.kind in ("grant", "commit") and all(not -500_000 < entry.asked - at < 4_000_000 for at in every)
-        ]
+        quiet: list[int] = []
+        minutes: dict[int, list[int]] = {}
+        for entry in judgement.entries:
+            if entry.kind in ("grant", "commit") and all(not -500_000 < entry.asked - at < 4_000_000 for at in every):
+                quiet.append(entry.answered - entry.asked)
+                minutes.setdefault((entry.asked - began) // 60_000_000, []).append(quiet[-1])
         say(
             f"{judgement.counts['grant']:,} grants, {judgement.counts['commit']:,} settlements acknowledged; in quiet "
-            f"times p50 {median / 1e3:.1f} ms, p99 {percentile(quiet, 99) / 1e3:.1f} ms"
+            f"times p50 {median / 1e3:.1f} ms, p99 {percentile(quiet, 99) / 1e3:.1f} ms "
+            "(by minutes "
+            + ", ".join(f"{percentile(each, 99) / 1e3:.0f}" for minute, each in sorted(minutes.items()) if minute >= 0)
+            + ")"
         )
         for kind, times in deeds.times.items():
             seen = interruptions(judgement.entries, times)

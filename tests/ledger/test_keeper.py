@@ -43,7 +43,8 @@ USED = Outcome(Disposition.SUCCEEDED, Usage(1, 90, 0, 0, 0), UsageKind.FINAL)
 class Fleet:
     """Some processes. ``told`` is what deposed owners had to tell."""
 
-    def __init__(self) -> None:
+    def __init__(self, options: OwnerOptions | None = None) -> None:
+        self.options = OwnerOptions(gather_us=0) if options is None else options
         self.clock = ManualClock()
         self.store = ModelStore(self.clock.wall)
         self.keepers: dict[str, Keeper] = {}
@@ -74,7 +75,7 @@ class Fleet:
             on_change=lambda _: None,
             on_testimony=told,
             clock=self.clock,
-            owner_options=OwnerOptions(gather_us=0),
+            owner_options=self.options,
             nonce=lambda: next(self._numbers).to_bytes(16, "big"),
         )
         self.keepers[name] = keeper

@@ -120,6 +120,8 @@ class Checks:
         """When owners took over, by nonce."""
         self.reigns: dict[str, list[Reign]] = {}
         """Acquisitions at primaries that were not superseded, by ledger."""
+        self.offices: dict[bytes, tuple[str, str]] = {}
+        """Node and process of owners, by nonce, wherever they took over."""
         self.denials: dict[str, list[tuple[int, str, Reason]]] = {}
         """When denials were decided at once, by which node and why, by key."""
         self.debited: set[bytes] = set()
@@ -299,6 +301,11 @@ class Checks:
 
     def wrote(self, primary: Primary, ledger: str, before: Head | None, after: Head, record: Record | None) -> None:
         """A primary has a new head."""
+        if after.successor:
+            self.released.add(after.nonce)
+        else:
+            # It could not be told of its own letting go, and goes on.
+            self.released.discard(after.nonce)
         if record is not None:
             if before is None:
                 self.violate(f"{primary.lineage}: record {record.seq} without an owner")
@@ -327,20 +334,34 @@ class Checks:
             # An owner may also put back its own acquisition, which the store has lost.
             is_known = after.nonce in self.since
             self.since.setdefault(after.nonce, self.world.loop.now)
+            node = next(node for node in self.world.nodes if node.name == after.node)
+            self.offices.setdefault(after.nonce, (node.name, node.process_name))
             if primary is self.world.store.primary:
-                node = next(node for node in self.world.nodes if node.name == after.node)
-                is_new = before is not None and before.seq > 0 and before.lineage != after.lineage and not is_known
+                if before is not None and before.seq > 0:
+                    is_new = before.lineage != after.lineage and not is_known
+                else:
+                    # If there was an owner, the store has lost everything.
+                    is_new = bool(self.reigns.get(ledger)) and not is_known
                 reign = Reign(self.world.loop.now, after.nonce, node.name, node.process_name, is_new)
                 self.reigns.setdefault(ledger, []).append(reign)
         self._goes_on(primary, ledger, after)
-        if after.successor:
-            self.released.add(after.nonce)
         if before is not None:
             if after.epoch < before.epoch:
                 self.violate(f"{primary.lineage}: epoch {after.epoch} follows epoch {before.epoch}")
             if after.hash != before.hash:
                 self.counts["put back"] += 1
                 self.world.replaced[ledger] = self.world.loop.now
+                self._accepted_whole(primary, ledger, after)
+
+    def _accepted_whole(self, primary: Primary, ledger: str, head: Head) -> None:
+        """Books that are put back whole may hold records that were never written alone: they are accepted with them."""
+        known = {record.hash for each in self.world.store.primaries for _, record, *_ in each.accepted}
+        hash, found = head.hash, []
+        while hash not in known and (record := self.world.store.sealed.get(hash)) is not None:
+            found.append(record)
+            hash = record.previous
+        now = self.world.loop.now
+        primary.accepted += [(ledger, record, head.epoch, head.nonce, now) for record in reversed(found)]
 
     def _goes_on(self, primary: Primary, ledger: str, head: Head) -> None:
         """An owner whose successor's acquisition the store has lost is the owner again."""
@@ -462,7 +483,7 @@ class Checks:
         lost: dict[str, bool] = {}
         final = world.store.primary
         for primary in world.store.primaries:
-            for name, record, _, _, at in primary.accepted:
+            for name, record, _, nonce, at in primary.accepted:
                 if name != ledger or record.hash in survives:
                     continue
                 self.lost_records += 1
@@ -470,7 +491,7 @@ class Checks:
                     self.violate(
                         f"{primary.lineage} has accepted record {record.seq} of epoch {record.epoch} and lost it"
                     )
-                excused = self._was_nobody_left(ledger, at)
+                excused = self._was_nobody_left(ledger, at) or self._was_left_alone(primary, nonce, at)
                 for payload in decode_payload(record.payload):
                     for event in world.machine.decode(payload):
                         key = getattr(event, "key", None)
@@ -491,6 +512,13 @@ class Checks:
                 return True
         return False
 
+    def _was_left_alone(self, primary: Primary, nonce: bytes, at: int) -> bool:
+        """Whether only its owner knew of what a primary accepted that was none any more, and it had let go or was hurt
+        when that primary ended."""
+        if at <= primary.superseded_at:
+            return False
+        return nonce in self.released or self.world.was_hurt(*self.offices[nonce], primary.ended_at)
+
     def _check_call(self, call: Call, state: State, lost: dict[str, bool]) -> None:
         told = self.told[call.key]
         ended = state.ended.get(call.key)
@@ -510,7 +538,7 @@ class Checks:
                     f"{call.key} is not in the journal, and its caller was told {told.granted or told.released}"
                 )
             return
-        if call.key in lost:
+        if lost.get(call.key):
             return
         if told.committed is not None and not told.committed.stale:
             if ended is None or ended.kind is not EndKind.SETTLED:

@@ -27,6 +27,8 @@ from paceline.engine.state import Ended, Reservation
 from paceline.engine.stats import Stats
 from paceline.engine.teaching import FLIGHT_US, UNKNOWN_CALL, Call, Teacher
 
+_FORGOTTEN_AT_ONCE = 1_000
+"""Ended reservations, for their age, in one step: about 2 ms."""
 _SPARE = 4_096
 """Expiries of ended reservations, kept beyond as many as are open, before they are swept."""
 _NO_ANSWER = op.Outcome(Disposition.NO_RESPONSE)
@@ -396,11 +398,11 @@ class Settling:
         self._hindsight.expired(reservation.key, charged.amounts, forfeits)
 
     def forget(self) -> None:
-        """Bound the memory of ended reservations, in number and in age."""
+        """Bound the memory of ended reservations, in number and in age; after a pause, over some steps."""
         ended = self._books.state.ended
         count = max(0, len(ended) - self._books.caps.ended)
         oldest = self._books.now - self._books.caps.memory_us
-        for entry in islice(ended.values(), count, None):
+        for entry in islice(ended.values(), count, max(count, _FORGOTTEN_AT_ONCE)):
             if entry.ended_at >= oldest:
                 break
             count += 1

@@ -18,6 +18,7 @@ from paceline.engine.accounting import Prices, Profile, Sizes
 from paceline.engine.bucket import Bucket, EndKind
 from paceline.engine.calendar import next_month
 from paceline.engine.dimensions import Dimension, Limit, Window
+from paceline.engine.endings import Endings
 from paceline.engine.operations import Mode, Priority
 from paceline.engine.outside import MOST
 from paceline.engine.pressure import Pressure
@@ -166,7 +167,7 @@ class State:
         """What the configuration said last; an operator may have set others since."""
         self.open: dict[str, Reservation] = {}
         self.open_in: dict[str, dict[str, Reservation]] = {}
-        self.ended: dict[str, Ended] = {}
+        self.ended: Endings[Ended] = Endings()
         self.learned: Kinds = {}
         """What calls turned out to be, by their kind; the newest settlement's last."""
         self._fold: dict[type[Any], Callable[[Any], None]] = {
@@ -230,13 +231,13 @@ class State:
                 [(pool, tenant, mode) for (pool, tenant), mode in self.configured_modes.items()],
             )
         )
-        opened, ended = list(self.open.values()), list(self.ended.items())
+        opened, ended = list(self.open.values()), self.ended.frozen()
         learned = [(kind, each.copy()) for kind, each in self.learned.items()]
         yield head
         for start in range(0, len(opened), CHUNK_ENTRIES):
             yield _encode(OpenChunk(opened[start : start + CHUNK_ENTRIES]))
-        for start in range(0, len(ended), CHUNK_ENTRIES):
-            yield _encode(EndedChunk(ended[start : start + CHUNK_ENTRIES]))
+        while entries := list(islice(ended, CHUNK_ENTRIES)):
+            yield _encode(EndedChunk(entries))
         for start in range(0, len(learned), CHUNK_KINDS):
             yield _encode(LearnedChunk(learned[start : start + CHUNK_KINDS]))
 

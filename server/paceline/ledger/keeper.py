@@ -19,7 +19,7 @@ from paceline.engine.operations import Operation
 from paceline.ledger.clock import Clock, SystemClock
 from paceline.ledger.commands import Commands, NodeInfo
 from paceline.ledger.errors import LedgerError
-from paceline.ledger.fold import Fold, Unfoldable
+from paceline.ledger.fold import Fold, Share, Unfoldable
 from paceline.ledger.journal import StoreError, StoreVersion
 from paceline.ledger.lease import Head
 from paceline.ledger.machine import Machine
@@ -69,6 +69,8 @@ class KeeperOptions(msgspec.Struct, frozen=True):
     balance_us: int = 10_000_000
     settled_us: int = 20_000_000
     """A process that is younger is not given ledgers for balance."""
+    follow_share: float = 0.5
+    """The part of a core that reading a snapshot may take while the ledger has an owner who lives."""
     hand_over_s: float = 5.0
     gap: int = 2
     """By so many ledgers an owner has more than the one that is preferred before it gives one away."""
@@ -99,6 +101,8 @@ class _Entry:
         self.journal: SharedJournal | None = None
         self.fold: Fold | None = None
         self.warm = False
+        self.vacant = False
+        """When it was last seen, it was nobody's, or to be this process's."""
         self.dead: tuple[int, int] | None = None
         """An epoch whose owner was found dead, and when (monotonic µs)."""
         self.highest = 0
@@ -111,6 +115,8 @@ class _Entry:
         """When the lease ends that was seen last, in monotonic µs."""
         self.empty_since: int | None = None
         """Since when the store has had nothing of this ledger, in its own time (µs)."""
+        self.empty_at = ""
+        """The store's primary of which that is known."""
         self.wake = asyncio.Event()
         self.task: asyncio.Task[None] | None = None
         self.not_before = 0
@@ -158,6 +164,8 @@ class Keeper:
         self._entries: dict[str, _Entry] = {}
         self._nodes: dict[str, NodeInfo] = {}
         self._announcing: asyncio.Task[None] | None = None
+        self._dissolving: set[asyncio.Task[None]] = set()
+        """Books that nobody needs any more. They end by themselves."""
         self._closed = False
         self._born = self._clock.monotonic()
         self._primary = ("", 0)
@@ -231,6 +239,8 @@ class Keeper:
         owned = [entry for entry in self._entries.values() if entry.owner is not None]
         await asyncio.gather(*(self._leave(entry, deadline) for entry in owned))
         await halt([self._announcing, *(entry.task for entry in self._entries.values())])
+        # Of those that were being handed over until now.
+        await asyncio.gather(*(entry.owner.stop(0) for entry in owned if entry.owner is not None))
         with contextlib.suppress(StoreError, TimeoutError):
             async with asyncio.timeout(1.0):
                 await self._commands.announce(self.info, 0)
@@ -279,8 +289,12 @@ class Keeper:
         options = self._options
         stamped = await self._commands.head(entry.ledger)
         head, now = stamped.head, stamped.now
+        lineage = await self._commands.lineage()
         if head is None:
-            entry.empty_since = now if entry.empty_since is None else min(now, entry.empty_since)
+            if entry.empty_since is None or entry.empty_at != lineage:
+                # Between two primaries without it an owner may have put it back, and died.
+                entry.empty_since, entry.empty_at = now, lineage
+            entry.empty_since = min(now, entry.empty_since)
         else:
             entry.empty_since = None
             entry.form = head.form
@@ -289,7 +303,7 @@ class Keeper:
         if self._closed:
             return options.far_look_us
         if head is not None and head.form > self._terms.form:
-            entry.fold, entry.warm = None, False
+            self._keep_fold(entry, None)
             if entry.refused_form != head.form:
                 entry.refused_form = head.form
                 error = too_new(entry.ledger, head, self._terms.form)
@@ -304,12 +318,14 @@ class Keeper:
         )
         rank = order.index(me) if me in order else len(order)
         chosen = head is not None and head.successor == me
+        entry.vacant = head is None or chosen or head.until <= now
         # Whoever is warm stays so until one that comes before it is.
         before = any(self._is_warm(entry, node) for node in order[:rank])
         if head is not None and (rank == 0 or chosen or (entry.fold is not None and not before)):
             await self._follow(entry, head)
-        elif head is not None and entry.fold is not None:
-            entry.fold, entry.warm = None, False
+        elif head is not None and entry.fold is not None and not head.successor:
+            # While it is being handed over, the one who comes next may have been counted among the others.
+            self._keep_fold(entry, None)
         if head is None:
             # Whoever has followed the ledger can put it back.
             rank = 0 if entry.fold is not None else rank + 1
@@ -318,7 +334,6 @@ class Keeper:
         dead_since = None
         if head is not None and entry.dead is not None and entry.dead[0] == head.epoch:
             dead_since = now - max(0, self._clock.monotonic() - entry.dead[1])
-        lineage = await self._commands.lineage()
         if lineage != self._primary[0]:
             self._primary = lineage, self._clock.monotonic()
         at, depose = due(
@@ -460,6 +475,10 @@ class Keeper:
         try:
             if fold is None or fold.seq < head.snapshot_seq:
                 fold = await self._restored(entry, head)
+            elif fold.snapshot_seq < head.snapshot_seq:
+                # What was folded is in it, but for what came while it was written: as an owner this process need not
+                # begin with another one.
+                fold.snapshot_seq, fold.events, fold.size = head.snapshot_seq, 0, 0
             while fold.seq < head.seq:
                 records = await self._commands.read(entry.ledger, fold.seq, _READ_RECORDS)
                 records = [record for record in records if record.seq <= head.seq]
@@ -470,41 +489,62 @@ class Keeper:
                 await fold.follow(records)
         except Unfoldable as error:
             _log.warning("cannot follow ledger", ledger=entry.ledger, error=str(error))
-            entry.fold, entry.warm = None, False
+            self._keep_fold(entry, None)
             entry.not_before = self._clock.monotonic() + self._options.retry_us
             return
         except StoreError as error:
             # What was read stays: should owner and store be lost together, it may be all that is left.
             _log.warning("cannot follow ledger", ledger=entry.ledger, error=str(error))
-            entry.fold, entry.warm = fold, False
+            self._keep_fold(entry, fold)
             return
         # Elsewhere: the store has dropped what was to be read. Ahead: it has lost what was read, which can be put back.
         # A store that has nothing takes it whole.
         ahead = fold.seq > head.seq and (not head.seq or fold.tail.after(head.seq, head.hash) is not None)
-        entry.warm = ahead or (fold.seq, fold.hash) == (head.seq, head.hash)
-        entry.fold = fold if entry.warm else None
+        self._keep_fold(entry, fold, ahead or (fold.seq, fold.hash) == (head.seq, head.hash))
+        if not entry.warm:
+            self._keep_fold(entry, None)
+
+    def _keep_fold(self, entry: _Entry, fold: Fold | None, warm: bool = False) -> None:
+        """Books to follow with, in the place of those before, which go."""
+        old, entry.fold, entry.warm = entry.fold, fold, warm
+        if old is not None and old is not fold:
+            task = asyncio.create_task(old.dissolve())
+            self._dissolving.add(task)
+            task.add_done_callback(self._dissolving.discard)
 
     def _new_journal(self, entry: _Entry) -> SharedJournal:
         return SharedJournal(entry.ledger, self._commands, self._terms, clock=self._clock, nonce=self._nonce)
 
     async def _restored(self, entry: _Entry, head: Head) -> Fold:
         fold = Fold(entry.ledger, self._machine, self._clock)
+        fold.share = self._share(entry)
         mark, chunks = await self._new_journal(entry).snapshot_of(head)
         if mark is not None:
             await fold.restore(mark, chunks)
         return fold
 
+    def _share(self, entry: _Entry) -> Share:
+        """Reading a snapshot takes seconds: it makes place for calls as long as nobody waits for its end."""
+
+        def share() -> float | None:
+            dead = entry.dead is not None and entry.dead[0] == entry.where.epoch
+            there = self._nodes.get(entry.where.node)
+            leaving = there is not None and not there.ready
+            needed = entry.vacant or dead or leaving or self._clock.monotonic() < entry.urgent_until
+            return None if needed else self._options.follow_share
+
+        return share
+
     # -- handing over ---------------------------------------------------------------------------------------------
 
     async def hand_over(self, ledger: str, node: str = "") -> str:
-        """Give a ledger that is owned here to ``node`` (empty: the first heir). Returns to which; empty: to nobody."""
+        """Give a ledger that is owned here to ``node`` (empty: the first heir). Returns to which; empty: to nobody, and
+        it stays here."""
         entry = self._entries.get(ledger)
         owner = None if entry is None else entry.owner
         if entry is None or owner is None or owner.phase is not Phase.SERVING:
             return ""
-        if not node:
-            order = heirs(ledger, self._nodes, self.info.node, owner.form or 0)
-            node = next((each for each in order if self._is_warm(entry, each)), order[0] if order else "")
+        node = node or await self._heir(entry, owner)
         there = self._nodes.get(node)
         if there is None or not there.ready or there.form < (owner.form or 0):
             return ""
@@ -513,15 +553,36 @@ class Keeper:
             await owner.hand_over(node, self._options.hand_over_s)
         except StoreError as error:
             _log.warning("the store could not be told of a hand-over", ledger=ledger, error=str(error))
+        if owner.is_living:
+            return ""
         self.statistics.hand_overs += 1
         self._ended(entry, owner)
         self._place(entry, Where(owner.epoch, node, there.address, None, entry.where.era))
+        if owner.left is not None and not self._closed:
+            owner.left.share = self._share(entry)
+            self._keep_fold(entry, owner.left)
         entry.wake.set()
         return node
+
+    async def _heir(self, entry: _Entry, owner: Owner) -> str:
+        """The first heir that is warm, waited for; if there is none for long, the first. Empty: there is nobody."""
+        until = self._clock.monotonic() + int(self._options.hand_over_s * 1e6)
+        while owner.phase is Phase.SERVING:
+            order = heirs(entry.ledger, self._nodes, self.info.node, owner.form or 0)
+            node = next((each for each in order if self._is_warm(entry, each)), "")
+            if node or not order:
+                return node
+            if self._clock.monotonic() >= until:
+                return order[0]
+            await self._clock.sleep_until(self._clock.monotonic() + self._options.close_look_us)
+        return ""
 
     async def _leave(self, entry: _Entry, deadline: int) -> None:
         """Hand one ledger over before this process ends; to the newest one, if it is warm in time."""
         owner = entry.owner
+        while owner is not None and owner.phase is Phase.DRAINING and self._clock.monotonic() < deadline:
+            # It is being handed over already.
+            await self._clock.sleep_until(self._clock.monotonic() + self._options.close_look_us)
         now = self._clock.monotonic()
         patient_until = min(deadline, now + self._options.warm_us)
         # Somebody cold would have callers wait while it reads; until it is late, this one serves on.
@@ -530,14 +591,14 @@ class Keeper:
             order = heirs(entry.ledger, self._nodes, self.info.node, owner.form or 0)
             warm = [node for node in order if self._is_warm(entry, node)]
             late = self._clock.monotonic() >= patient_until
+            is_last = self._clock.monotonic() >= last
             if not order:
                 break
-            if warm and (late or warm[0] == order[0]):
-                await self.hand_over(entry.ledger, warm[0])
+            heirs_now = warm if warm and (late or warm[0] == order[0]) else order if is_last else []
+            if heirs_now and await self.hand_over(entry.ledger, heirs_now[0]):
                 return
-            if self._clock.monotonic() >= last:
-                await self.hand_over(entry.ledger, order[0])
-                return
+            if is_last:
+                break
             await self._clock.sleep_until(self._clock.monotonic() + self._options.close_look_us)
             with contextlib.suppress(StoreError):
                 await self._announce()

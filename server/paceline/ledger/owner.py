@@ -39,7 +39,7 @@ from paceline.ledger.errors import (
     LedgerStopped,
     LedgerUnavailable,
 )
-from paceline.ledger.fold import Fold, Unfoldable, begun, decode_payload, encode_payload, formed, paced
+from paceline.ledger.fold import Fold, Unfoldable, begun, decode_payload, encode_payload, formed, full, paced
 from paceline.ledger.journal import (
     RETRYABLE,
     Beginning,
@@ -102,6 +102,8 @@ class Owner:
         """Ledger time of the last record of the process before this one; ``None``: there was none."""
         self.testimony: list[Operation] = []
         """Once deposed: what the successor must be told, because the store may have lost it."""
+        self.left: Fold | None = None
+        """Once handed over: the books, for this process to follow its successor with."""
         self.form: int | None = None
         """The form that the ledger's owners may write; ``None``: this version's."""
         self.took_over = False
@@ -195,6 +197,11 @@ class Owner:
     def engine(self) -> Decider:
         """The engine over the present books. Another one after each load."""
         return self._decider
+
+    @property
+    def is_living(self) -> bool:
+        """Whether it owns the ledger, as far as it knows."""
+        return self.phase not in (Phase.DEPOSED, Phase.STOPPED, Phase.FAILED)
 
     @property
     def waiting(self) -> int:
@@ -302,8 +309,9 @@ class Owner:
     async def hand_over(self, successor: str, timeout: float) -> None:
         """Let another process own a shared ledger: write what is decided, tell those who wait to ask there, let go.
 
-        Takes at most ``timeout`` seconds; then the lease runs out by itself. Raises
-        :class:`~paceline.ledger.journal.StoreError` if the store could not be told.
+        Takes at most ``timeout`` seconds. If the store could not be told (which raises
+        :class:`~paceline.ledger.journal.StoreError`, or not, if it was the time that ran out), this owner goes on:
+        as long as it lives, what the store loses can be put back.
         """
         if self._shared is None or self.phase is not Phase.SERVING:
             return
@@ -316,6 +324,7 @@ class Owner:
         if self._timer is not None:
             self._timer.cancel()
             self._timer = None
+        let_go = False
         try:
             async with asyncio.timeout(timeout):
                 await self._written()
@@ -325,19 +334,49 @@ class Owner:
                     # The successor finds everything, also if the store has just failed over, and need not allow for a
                     # time in which this owner may not have been there.
                     await self._write_shared(self._shared, None)
+                    fold = self._followed(self._shared)
                     await self._shared.release(successor)
+                    let_go, self.left = True, fold
         except StoreDeposed as error:
             self._deposed(error)
         except TimeoutError:
             self._log.warning("the lease was not given up in time", unanswered=len(self._replies))
         finally:
-            for task in (self._beating, self._recovery):
-                if task is not None:
-                    task.cancel()
-            if not self._is_deposed():
+            if let_go:
+                for task in (self._beating, self._recovery):
+                    if task is not None:
+                        task.cancel()
                 self._drop()
                 self._answer_all(moved)
                 self._enter(Phase.STOPPED)
+            elif self.is_living:
+                self._stay(self._shared, moved)
+
+    def _stay(self, journal: SharedJournal, moved: LedgerMoved) -> None:
+        """Go on with a ledger that could not be let go. Whoever waits is told to ask again."""
+        self._answer_all(moved)
+        # They come back in any order, and keep their places.
+        absence = Absence(since=self.now(), gather_us=self._options.gather_us)
+        self._decider = self._machine.decider(self.ledger, self._books, absence, self.form)
+        if self._beating is None or self._beating.done():
+            self._beating = asyncio.create_task(self._beat(journal))
+        if self.phase is Phase.RECOVERING:
+            self._refusal = LedgerUnavailable(f"the journal of ledger {self.ledger!r} is away")
+        else:
+            self._refusal = None
+            self._go_on()
+
+    def _followed(self, journal: SharedJournal) -> Fold | None:
+        """The books as one has them who has followed the journal to its end; ``None``: these are others."""
+        tenure = journal.tenure
+        if tenure is None or not self._is_folded() or (self._seq, self._hash) != (tenure.head.seq, tenure.head.hash):
+            return None
+        fold = Fold(self.ledger, self._machine, self._clock)
+        fold.books, fold.tail = self._books, tenure.tail
+        fold.seq, fold.hash, fold.at = self._seq, self._hash, self._journalled_at
+        fold.events, fold.size = self._events_since_snapshot, self._bytes_since_snapshot
+        fold.snapshot_seq, fold.snapshot_size = self._snapshot_seq, self._snapshot_size
+        return fold
 
     async def finalize(self, form: int) -> None:
         """Write ``form`` from now on; versions that do not read it cannot own the ledger any more.
@@ -638,7 +677,7 @@ class Owner:
                 left.append(self._seal(queued))
             if self._flying is not None:
                 self._flying.answers += queued.answers
-        await journal.refound(self._mark(), paced(begun(self._books.dump(self._written_form)), self._clock, None))
+        await journal.refound(self._mark(), paced(begun(self._books.dump(self._written_form)), self._clock, full))
         self._snapshot_seq = self._seq
 
     async def _renew(self, journal: SharedJournal) -> None:
@@ -796,7 +835,11 @@ class Owner:
 
     def _go_on(self) -> None:
         """Serve again after a trouble, or drain on, if this owner was about to let go."""
-        if isinstance(self._refusal, LedgerDraining | LedgerMoved):
+        if isinstance(self._refusal, LedgerMoved):
+            # Whoever lets go decides nothing more.
+            self._enter(Phase.DRAINING)
+            return
+        if isinstance(self._refusal, LedgerDraining):
             self._enter(Phase.DRAINING)
         else:
             self._refusal = None
@@ -948,6 +991,7 @@ class Owner:
             loaded = await self._shared.take(bid, known)
         if fold is None or not loaded.resumed:
             fold = Fold(self.ledger, self._machine, self._clock)
+        fold.share = full
         fold.check = loaded.check
         try:
             if loaded.snapshot is not None:
@@ -957,7 +1001,7 @@ class Owner:
             if loaded.is_empty and self._shared is not None and loaded.beginning is not None:
                 dump = fold.books.dump(self._machine.form if loaded.form is None else loaded.form)
                 mark = Mark(fold.seq, fold.at, fold.hash, b"")
-                await self._shared.refound(mark, paced(begun(dump), self._clock, None))
+                await self._shared.refound(mark, paced(begun(dump), self._clock, full))
                 fold.snapshot_seq, fold.events, fold.size = fold.seq, 0, 0
                 loaded.beginning = Beginning(max(loaded.beginning.now, fold.at), fold.at, True, True)
         except Unfoldable as error:
@@ -1054,7 +1098,7 @@ class Owner:
         self.statistics.snapshot_bytes = size
 
     def _paced(self, chunks: Iterator[bytes], throttle: bool) -> AsyncIterator[bytes]:
-        return paced(chunks, self._clock, self._options.dump_share if throttle else None)
+        return paced(chunks, self._clock, (lambda: self._options.dump_share) if throttle else full)
 
 
 _LOOK_US = 20_000

@@ -14,6 +14,7 @@ import structlog
 from paceline.ledger.clock import Clock, SystemClock
 from paceline.ledger.commands import Commands, Stamped
 from paceline.ledger.journal import (
+    Beginning,
     Loaded,
     Mark,
     Record,
@@ -224,6 +225,9 @@ class SharedJournal:
         except Fenced as fenced:
             raise StoreUnavailable(f"ledger {self.ledger!r} changed while it was taken over; try again") from fenced
         tenure.reasserted(stamped, sent_at)
+        if not head.seq:
+            # The store had nothing, so that the claim was answered as that of a new ledger.
+            tenure.beginning = Beginning(max(tenure.beginning.now, last.at), last.at, True, True)
         self.statistics.reasserted += 1
         _log.error("the store had lost records of the owner before; they were put back", ledger=self.ledger)
 
@@ -496,18 +500,26 @@ class SharedJournal:
     # -- letting go -----------------------------------------------------------------------------------------------
 
     async def release(self, successor: str = "") -> None:
-        """Let ``successor`` take over at once (empty: anybody). Nothing is written after this."""
+        """Let ``successor`` take over at once (empty: anybody). Nothing is written after this.
+
+        Raises :class:`~paceline.ledger.journal.StoreError`: then this process may still be the owner, and only it may
+        know what the store has lost. It can go on, and learns from its next write whether it is.
+        """
         async with self._lock:
             tenure, self.tenure = self.tenure, None
             if tenure is None:
                 return
             head = tenure.head
+            tenure.letting_go()
             try:
                 await self._commands.release(
                     self.ledger, head.epoch, head.nonce, head.seq, head.hash, successor, tenure.lease_us
                 )
-            except Fenced as fenced:
-                raise StoreFenced(f"ledger {self.ledger!r} is no longer owned here") from fenced
+            except BaseException as error:
+                self.tenure = tenure
+                if isinstance(error, Fenced):
+                    raise StoreUnavailable(f"ledger {self.ledger!r} changed while it was let go") from error
+                raise
 
     async def close(self) -> None:
         """Let go of the ledger, if it is still owned. The store stays open."""

@@ -61,8 +61,8 @@ def due(
         # nobody takes the ledger, that says nothing. One that lives comes here meanwhile, and has lost nothing.
         return max(head.until, primary_since) + lag_us + pause, 0
     if head.node == me:
-        # An owner of this process that is gone: nobody else needs to wait for it.
-        return now, head.epoch
+        # An owner of this process that is gone: nobody else needs to wait for it, but for whom it has named.
+        return (head.until if head.successor not in ("", me) else now), head.epoch
     if head.successor:
         return (now if head.successor == me else head.until + pause), 0
     if dead_since is not None and dead_since + pause < head.until:

@@ -70,10 +70,15 @@ class Tenure:
         self.beginning = _beginning(stamped, head)
         self.tail = Tail()
         """The newest records that the journal has, those of owners before included."""
+        self._let_go_at = -1
+        """The last record's number when this owner tried to let go."""
 
     @property
     def fresh_until(self) -> int:
         """Until then nobody else can have taken over, but by an owner's death that was seen."""
+        if self.head.seq <= self._let_go_at:
+            # The request may still arrive. Behind another record the store refuses it.
+            return 0
         return self.confirmed_at + int(self.lease_us * _SAFETY)
 
     def confirmed(self, stamped: Stamped, sent_at: int, record: Record | None = None) -> None:
@@ -83,6 +88,10 @@ class Tenure:
         self.confirmed_at = max(self.confirmed_at, sent_at)
         if record is not None:
             self.tail.add(record)
+
+    def letting_go(self) -> None:
+        """The store is asked to let another owner take over at once."""
+        self._let_go_at = self.head.seq
 
     def refused(self, found: Head | None, flying: Record | None = None) -> Verdict:
         """The store's journal does not end where this owner's does. ``flying`` was sent and not acknowledged."""

@@ -1,0 +1,65 @@
+"""What the checks count as accepted, and as lost as stated."""
+
+from __future__ import annotations
+
+import msgspec
+
+from paceline.ledger.journal import Record, genesis
+from paceline.ledger.lease import Head
+from tests.simulation.world import World
+
+NONCE = b"n" * 16
+
+
+def records(world: World, count: int) -> list[Record]:
+    """A chain of sealed records."""
+    chain: list[Record] = []
+    previous = genesis("acme")
+    for seq in range(1, count + 1):
+        record = Record.sealed(seq, 1, seq, seq, previous, b"")
+        world.store.sealed[record.hash] = record
+        chain.append(record)
+        previous = record.hash
+    return chain
+
+
+def head_at(record: Record) -> Head:
+    origin = genesis("acme")
+    return Head(1, NONCE, "node-0", "", record.seq, record.hash, 0, 0, 0, 0, 0, origin, "primary-1", 1)
+
+
+def test_books_put_back_whole_are_accepted_with_all_that_was_never_written_alone() -> None:
+    world = World(1)
+    primary = world.store.primary
+    chain = records(world, 3)
+    primary.accepted.append(("acme", chain[0], 1, NONCE, 5))
+    empty = msgspec.structs.replace(head_at(chain[0]), seq=0, hash=genesis("acme"))
+    world.checks.wrote(primary, "acme", empty, head_at(chain[2]), None)
+    assert [record for _, record, *_ in primary.accepted] == chain
+    world.checks.wrote(primary, "acme", empty, head_at(chain[2]), None)
+    assert len(primary.accepted) == 3
+
+
+def test_who_goes_on_after_letting_go_may_lose_nothing() -> None:
+    world = World(1)
+    primary = world.store.primary
+    first, second = records(world, 2)
+    released = msgspec.structs.replace(head_at(first), successor="node-1")
+    world.checks.wrote(primary, "acme", head_at(first), released, None)
+    assert NONCE in world.checks.released
+    world.checks.wrote(primary, "acme", released, head_at(second), second)
+    assert NONCE not in world.checks.released
+
+
+def test_what_only_a_primary_without_office_had_is_lost_with_its_owner_alone() -> None:
+    world = World(1)
+    old = world.store.primary
+    (record,) = records(world, 1)
+    world.checks.wrote(old, "acme", None, head_at(record), None)
+    world.store.fail_over(0, old_for=["node-0"])
+    accepted_at = old.superseded_at + 1
+    old.ended_at = accepted_at + 1
+    assert not world.checks._was_left_alone(old, NONCE, accepted_at)
+    assert not world.checks._was_left_alone(old, NONCE, old.superseded_at)
+    world.ended[""] = old.ended_at
+    assert world.checks._was_left_alone(old, NONCE, accepted_at)
