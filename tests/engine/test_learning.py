@@ -10,7 +10,7 @@ from paceline.engine.accounting import Estimate, Profile, Rule, Usage, UsageKind
 from paceline.engine.bucket import Bucket
 from paceline.engine.dimensions import MINUTE_US, SECOND_US, Dimension, Limit, Window
 from paceline.engine.engine import Engine
-from paceline.engine.outlook import Table, survival
+from paceline.engine.outlook import HORIZONS, Table, survival
 from paceline.engine.outside import SAMPLES, Sampler, decayed
 from paceline.engine.sizes import BINS, UNIT, Learned, Sample, bin_of, middle_of
 from paceline.engine.state import State
@@ -179,9 +179,9 @@ def test_the_rest_of_a_call_never_exceeds_its_cap() -> None:
     for _ in range(50):
         learned.note(Sample(10, 0, 10_000, 0, 100_000))
     table = Table(learned, 10, 600, 0)
-    assert table.row(0.0)[0][-1] <= 600
+    assert table.row(0.0)[len(HORIZONS) - 1] <= 600
     assert table.produced(3_600.0) == 600
-    assert table.row(3_600.0)[0][-1] == 0
+    assert table.row(3_600.0)[len(HORIZONS) - 1] == 0
 
 
 def test_rare_sizes_fade() -> None:

@@ -42,6 +42,7 @@ from paceline.engine.operations import (
     SetMode,
     SetPaused,
 )
+from paceline.engine.sizes import spread_of
 from paceline.engine.state import State
 from tests.engine import tally
 from tests.engine.model import Address, Books, Call
@@ -953,7 +954,9 @@ class World:
     def _need(self, address: Address, amount: int) -> int:
         """The level at which this much may go: under a reading some more, for the upstream's estimate may be larger."""
         bucket = next(b for b in self.state.buckets if address_of(b) == address)
-        return max(amount, min(bucket.burst, amount + bucket.margin(amount)))
+        return max(
+            amount, min(bucket.burst, amount + bucket.margin(amount, 0, spread_of(self.state.learned, bucket.pool)))
+        )
 
     def _short(self, waiting: Waiting, lane: Lane, levels: dict[Address, Fraction]) -> list[Address]:
         """In which buckets a waiter's every candidate of this lane has no room."""

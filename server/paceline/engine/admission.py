@@ -8,8 +8,10 @@ import msgspec
 
 from paceline.engine.answers import Reason
 from paceline.engine.books import Books
+from paceline.engine.bucket import ESTIMATED, Bucket
 from paceline.engine.dimensions import Dimension, Window
 from paceline.engine.queue import Option
+from paceline.engine.sizes import spread_of
 
 
 class Verdict(msgspec.Struct, frozen=True, gc=False):
@@ -45,17 +47,28 @@ def fits(books: Books, option: Option) -> bool:
         if not hold:
             continue
         bucket = buckets[number]
-        easy = number not in demands and bucket.level >= bucket.need(hold, 1, option.margin)
+        easy = number not in demands and bucket.level >= need_of(books, bucket, option, hold, 1)
         if not easy and missing(books, number, option, hold, 1) > 0:
             return False
     return True
+
+
+def need_of(books: Books, bucket: Bucket, option: Option, hold: int, count: int) -> int:
+    """The level at which ``count`` calls that hold ``hold`` each may pass: :meth:`Bucket.need`."""
+    return bucket.need(hold, count, option.margin, _spread(books, bucket, option))
+
+
+def _spread(books: Books, bucket: Bucket, option: Option) -> int:
+    if bucket.constraint is None or bucket.dimension not in ESTIMATED:
+        return 0
+    return spread_of(books.state.learned, option.pool)
 
 
 def missing(books: Books, number: int, option: Option, hold: int, count: int) -> int:
     """What ``count`` calls that hold ``hold`` each are short of in a bucket; not above zero: they fit."""
     bucket = books.state.buckets[number]
     level = bucket.level + bucket.refill(books.now)[0]
-    need = bucket.need(hold, count, option.margin)
+    need = need_of(books, bucket, option, hold, count)
     return need - _usable(books, number, option, level, need, hold, count)
 
 
@@ -84,8 +97,9 @@ def room(books: Books, option: Option, most: int) -> int:
             most = least
             continue
         level = bucket.level + bucket.refill(books.now)[0]
-        free = level if level >= bucket.burst else level - bucket.margin(hold, option.margin)
-        count = max(0, free) // hold or int(level >= bucket.need(hold, 1, option.margin))
+        margin = bucket.margin(hold, option.margin, _spread(books, bucket, option))
+        free = level if level >= bucket.burst else level - margin
+        count = max(0, free) // hold or int(level >= need_of(books, bucket, option, hold, 1))
         most = min(most, count)
     return most
 
@@ -102,7 +116,7 @@ def judge(books: Books, number: int, option: Option, hold: int, count: int, ahea
     dimension = bucket.dimension
     if not hold:
         return NOW
-    need = bucket.need(hold, count, option.margin)
+    need = need_of(books, bucket, option, hold, count)
     if is_too_large(books, number, need):
         # A month's budget that is too small will be larger for nobody this month; a zero limit is a closed pool.
         reason = Reason.SPEND_CAP if dimension is Dimension.SPEND else Reason.TOO_LARGE

@@ -21,6 +21,7 @@ from __future__ import annotations
 
 from bisect import bisect_right
 from enum import IntEnum
+from math import isqrt
 
 import msgspec
 
@@ -34,7 +35,11 @@ END_SLOT_US = 250_000
 MARGIN_US = 200_000
 """Of refill: calls overtake each other on their way, and some are under way when a reading is taken."""
 MARGIN_PART = 4
-"""An upstream's estimate of a call is hardly ever larger than ours by more than one in so many."""
+"""An upstream's estimate of a call, or of many, is hardly ever larger than ours by more than one in so many."""
+DEVIATIONS = 3
+"""So many standard deviations of what is under way unseen are kept free: once in 700 times that is too little."""
+UNSEEN_PART = 8
+"""No more than one part in so many of the burst is kept free for that."""
 ESTIMATED = frozenset({Dimension.INPUT_TOKENS, Dimension.TOKENS})
 MAX_ENDS = 2_400
 """Ten minutes of slots."""
@@ -186,7 +191,7 @@ class Bucket(msgspec.Struct, array_like=True):
             return None
         return -((level * window + carry) // rate)
 
-    def need(self, hold: int, count: int = 1, surprise: int = 0) -> int:
+    def need(self, hold: int, count: int = 1, surprise: int = 0, spread: int = 0) -> int:
         """The level at which ``count`` calls that hold ``hold`` each may pass together.
 
         A guessed burst may be far below the real one; a lone call above it passes when the bucket is full, into debt,
@@ -195,18 +200,28 @@ class Bucket(msgspec.Struct, array_like=True):
         together = hold * count
         if together >= self.burst:
             return self.burst if self.guessed and count == 1 else together
-        return min(together + self.margin(hold, surprise), self.burst)
+        return min(together + self.margin(hold, surprise, spread), self.burst)
 
-    def margin(self, hold: int, surprise: int = 0) -> int:
-        """What must be left beside ``hold``: the upstream lets a call in by an estimate of its own.
+    def margin(self, hold: int, surprise: int = 0, spread: int = 0) -> int:
+        """What must be left beside ``hold``: the upstream lets a call in by an estimate of its own, and has let in
+        others that no reading shows yet.
+
+        ``surprise`` is what the call itself may turn out to be larger by; ``spread`` what the calls of the pool do, as
+        a variance for each token that they hold (:mod:`paceline.engine.sizes`). Those granted since the newest reading
+        err by themselves, and all together by what estimates differ; independent errors add up as their squares do.
 
         Only under a reading: without one, more would be pretended to be known of the level than is. It delays a call by
         moments, once; it takes nothing from the budget.
         """
-        if self.constraint is None or self.dimension not in ESTIMATED:
+        constraint = self.constraint
+        if constraint is None or self.dimension not in ESTIMATED:
             return 0
         seen = min(self.amount * MARGIN_US // WINDOW_US.get(self.window, MARGIN_US), self.burst // 16)
-        return (self.constraint.rounding + 1) // 2 + max(hold // MARGIN_PART, surprise) + seen
+        unseen = max(0, min(constraint.after, self.held))
+        own = max(hold // MARGIN_PART, surprise)
+        others = DEVIATIONS * DEVIATIONS * spread * (unseen + seen) + (unseen // MARGIN_PART) ** 2
+        beside = isqrt(own * own + min(others, (self.burst // UNSEEN_PART) ** 2))
+        return (constraint.rounding + 1) // 2 + beside + seen
 
     # -- amounts ------------------------------------------------------------------------------------------------
 

@@ -18,7 +18,7 @@ that little is left, and dropped when neither has happened for long.
 
 from __future__ import annotations
 
-from bisect import bisect_right
+from bisect import bisect_left, bisect_right
 from collections.abc import Iterable, Iterator, Sequence
 from typing import TYPE_CHECKING
 
@@ -57,14 +57,15 @@ _FIRST = 1.0
 """Tokens a second, and seconds until the first, of a kind of which nothing is known."""
 _Key = tuple[Kind, int]
 """A kind, and the bin of the cap that its calls have."""
-_Row = tuple[tuple[float, ...], tuple[float, ...]]
-"""Means and variances of the output within each horizon."""
+_Row = tuple[float, ...]
+"""Means of the output within each horizon, then its variances."""
+_MEANS = len(HORIZONS)
 
 
 class Table:
     """The rest of a call of one kind, by its age."""
 
-    __slots__ = ("_rows", "_sizes", "_weights", "expected", "first", "made_at", "most", "pace")
+    __slots__ = ("_rows", "_sizes", "_sums", "_weights", "expected", "first", "made_at", "most", "pace")
 
     def __init__(
         self, learned: Learned | None, expected: int, most: int, now: int, ages: Iterable[tuple[float, int]] = ()
@@ -86,11 +87,21 @@ class Table:
         if not self._sizes:
             self._sizes, self._weights = [float(max(1, expected))], [1.0]
         self._sizes = [min(size, float(most)) for size in self._sizes]
+        self._sums = [(0.0, 0.0, 0.0)]
+        """Of the sizes before each, in their order: weights, and weights times sizes, and times their squares."""
+        for size, weight in zip(self._sizes, self._weights, strict=True):
+            total, mean, square = self._sums[-1]
+            self._sums.append((total + weight, mean + weight * size, square + weight * size * size))
         self._rows: dict[int, _Row] = {}
 
     def produced(self, age: float) -> float:
         """What an open call of this age has produced."""
         return min(float(self.most), self.pace * (age - self.first)) if age > self.first else 0.0
+
+    @property
+    def full_at(self) -> float:
+        """The age at which a call has produced all that it may."""
+        return self.first + self.most / self.pace
 
     def is_producing(self, age: float) -> bool:
         """Whether a call of this age still may."""
@@ -98,7 +109,10 @@ class Table:
 
     def row(self, age: float) -> _Row:
         """What is to come of an open call of this age, in seconds."""
-        number = bisect_right(AGES, age) - 1
+        return self.row_of(bisect_right(AGES, age) - 1)
+
+    def row_of(self, number: int) -> _Row:
+        """What is to come of a call of the age of this number in :data:`AGES`."""
         row = self._rows.get(number)
         if row is None:
             row = self._rows[number] = self._make(AGES[number])
@@ -106,19 +120,26 @@ class Table:
 
     def _make(self, age: float) -> _Row:
         done, lead = self.produced(age), max(0.0, self.first - age)
-        rests = [(size - done, weight) for size, weight in zip(self._sizes, self._weights, strict=True) if size > done]
-        if not rests:
+        sizes, sums = self._sizes, self._sums
+        start = bisect_right(sizes, done)
+        if start == len(sizes):
             # Longer than all before it: the more it has said, the more may come.
-            rests = [(max(0.0, min(done / 2, self.most - done)), 1.0)]
-        total = sum(weight for _, weight in rests)
+            rest = max(0.0, min(done / 2, self.most - done))
+            sizes, sums, start = [done + rest], [(0.0, 0.0, 0.0), (1.0, done + rest, (done + rest) ** 2)], 0
+        weight_before, mean_before, square_before = sums[start]
+        total = sums[-1][0] - weight_before
         means, variances = [], []
         for horizon in HORIZONS:
             most = self.pace * max(0.0, horizon - lead)
-            mean = sum(weight * min(most, rest) for rest, weight in rests) / total
-            square = sum(weight * min(most, rest) ** 2 for rest, weight in rests) / total
-            means.append(mean)
+            weight, mean, square = sums[bisect_left(sizes, done + most, start)]
+            # Those whose rest is below ``most``, and the others, of which that much comes.
+            others = sums[-1][0] - weight
+            weight, mean, square = weight - weight_before, mean - mean_before, square - square_before
+            mean, square = mean - done * weight, square - 2 * done * mean + done * done * weight
+            mean, square = (mean + most * others) / total, (square + most * most * others) / total
+            means.append(max(0.0, mean))
             variances.append(max(0.0, square - mean * mean))
-        return tuple(means), tuple(variances)
+        return (*means, *variances)
 
 
 def survival(counts: Sequence[int], open_at: Sequence[int]) -> tuple[list[float], list[float]]:
@@ -144,28 +165,63 @@ def survival(counts: Sequence[int], open_at: Sequence[int]) -> tuple[list[float]
     return sizes, weights
 
 
+def age_of(slot: int, now: int) -> float:
+    """The age, in seconds, of calls that were granted in the ``slot``-th second."""
+    return max(0.0, now / SECOND_US - slot - 0.5)
+
+
+class _Places(dict[int, tuple[float, int]]):
+    """Of each second of a grant: the age of its calls now, and the number of that in :data:`AGES`."""
+
+    def __init__(self, now: int) -> None:
+        self._now = now
+
+    def __missing__(self, slot: int) -> tuple[float, int]:
+        age = age_of(slot, self._now)
+        self[slot] = place = age, bisect_right(AGES, age) - 1
+        return place
+
+
 class _Open:
     """The open calls of one kind: how many, by the second of their grant."""
 
-    __slots__ = ("means", "slots", "table")
+    __slots__ = ("_counts", "_own", "_summed", "means", "slots", "table")
 
     def __init__(self, table: Table) -> None:
         self.table = table
         self.slots: dict[int, int] = {}
         self.means = [0.0] * len(HORIZONS)
+        self._summed: Table | None = None
+        """The table whose rows were last summed, by these counts, to this."""
+        self._counts: list[int] = []
+        self._own: list[float] = []
+
+    def summed(self, table: Table, counts: list[int]) -> list[float]:
+        """The sum of the table's rows, each as often as its number in ``counts`` says. What has not changed since the
+        last time is not summed again; a new table sets that right which rounding adds up to."""
+        if table is not self._summed:
+            self._summed, self._counts, self._own = table, [0] * len(AGES), [0.0] * (2 * _MEANS)
+        own = self._own
+        if counts != self._counts:
+            for number, (count, before) in enumerate(zip(counts, self._counts, strict=True)):
+                if count != before:
+                    more = count - before
+                    own = [total + more * each for total, each in zip(own, table.row_of(number))]  # noqa: B905
+            self._counts, self._own = counts, own
+        return own
 
     def ages(self, now: int) -> Iterator[tuple[float, int]]:
         """Ages in seconds, with how many calls have them."""
         for slot, count in self.slots.items():
-            yield max(0.0, now / SECOND_US - slot - 0.5), count
+            yield age_of(slot, now), count
 
 
 class Demand:
     """What the open calls of one limit will still produce."""
 
     def __init__(self, state: State) -> None:
-        self._state = state
-        self._kinds: dict[_Key, _Open] = {}
+        self.state = state
+        self.kinds: dict[_Key, _Open] = {}
         self._asked: dict[_Key, Table] = {}
         """Tables of kinds of which no call is open."""
         self._clear(state.at)
@@ -184,9 +240,9 @@ class Demand:
     def opened(self, reservation: Reservation, now: int) -> None:
         """A call was granted."""
         key, slot = _key_of(reservation), reservation.granted_at // SECOND_US
-        found = self._kinds.get(key)
+        found = self.kinds.get(key)
         if found is None:
-            found = self._kinds[key] = _Open(self._table(key, reservation.sizes.output_tokens, now))
+            found = self.kinds[key] = _Open(self._table(key, reservation.sizes.output_tokens, now))
         found.slots[slot] = found.slots.get(slot, 0) + 1
         self.calls += 1
         self._sum(found, (now - reservation.granted_at) / SECOND_US, 1, now)
@@ -194,7 +250,7 @@ class Demand:
     def ended(self, reservation: Reservation, now: int) -> None:
         """A call was settled, released, or ran out."""
         key, slot = _key_of(reservation), reservation.granted_at // SECOND_US
-        found = self._kinds.get(key)
+        found = self.kinds.get(key)
         if found is None or slot not in found.slots:
             return
         if found.slots[slot] == 1:
@@ -204,14 +260,14 @@ class Demand:
         self.calls -= 1
         self._sum(found, (now - reservation.granted_at) / SECOND_US, -1, now)
         if not found.slots:
-            del self._kinds[key]
+            del self.kinds[key]
 
     def _table(self, key: _Key, expected: int, now: int) -> Table:
-        found = self._kinds.get(key)
+        found = self.kinds.get(key)
         table = self._asked.get(key) if found is None else found.table
         if table is None or now - table.made_at > TABLE_US:
             ages = () if found is None else found.ages(now)
-            table = Table(finest(self._state.learned, key[0]), expected, cap_of(key[1]), now, ages)
+            table = Table(finest(self.state.learned, key[0]), expected, cap_of(key[1]), now, ages)
             if found is not None:
                 found.table = table
             else:
@@ -221,33 +277,54 @@ class Demand:
         return table
 
     def _sum(self, found: _Open, age: float, count: int, now: int) -> None:
-        means, variances = found.table.row(age)
+        row = found.table.row(age)
         own, squares = found.means, self._squares
-        for place, mean in enumerate(means):
-            change, before = count * mean, own[place]
+        for place in range(_MEANS):
+            change, before = count * row[place], own[place]
             own[place] = before + change
             squares[place] += change * (2 * before + change)
             self._means[place] += change
-            self._variances[place] += count * variances[place]
+            self._variances[place] += count * row[place + _MEANS]
         elapsed = (now - self.at) / SECOND_US
         done, pace = found.table.produced(age), found.table.pace if found.table.is_producing(age) else 0.0
         self._pace += count * pace
         self._produced += count * (done - pace * elapsed)
 
-    def _refresh(self, now: int) -> None:
+    def refresh(self, now: int) -> None:
+        """Sum anew. Calls of a kind whose ages have the same row are counted, and only changed counts are summed."""
         self._clear(now)
-        for key, found in self._kinds.items():
-            self._table(key, found.table.expected, now)
-            found.means = [0.0] * len(HORIZONS)
-            for age, count in found.ages(now):
-                self._sum(found, age, count, now)
+        places = _Places(now)
+        totals, squares = [0.0] * (2 * _MEANS), self._squares
+        for key, found in self.kinds.items():
+            table = found.table
+            if now - table.made_at > TABLE_US:
+                table = self._table(key, table.expected, now)
+            first, full = table.first, table.full_at
+            counts = [0] * len(AGES)
+            producing, complete, ages = 0, 0, 0.0
+            for slot, count in found.slots.items():
+                age, number = places[slot]
+                counts[number] += count
+                if first < age < full:
+                    producing += count
+                    ages += count * age
+                elif age >= full:
+                    complete += count
+            own = found.summed(table, counts)
+            totals = [total + each for total, each in zip(totals, own)]  # noqa: B905
+            found.means = means = own[:_MEANS]
+            squares = [square + mean * mean for square, mean in zip(squares, means)]  # noqa: B905
+            self._pace += producing * table.pace
+            self._produced += complete * table.most + table.pace * (ages - producing * first)
+        self._squares = squares
+        self._means, self._variances = totals[:_MEANS], totals[_MEANS:]
 
     # -- what is asked ------------------------------------------------------------------------------------------------
 
     def produced(self, now: int) -> int:
         """What the open calls have produced by ``now``."""
         if now - self.at > REFRESH_US:
-            self._refresh(now)
+            self.refresh(now)
         return int(self._produced + self._pace * (now - self.at) / SECOND_US)
 
     def gross(self, bucket: Bucket, now: int) -> int:
@@ -269,11 +346,11 @@ class Demand:
             beyond = max(0, bucket.need(hold) - bucket.burst) if count == 1 else 0
             return beyond + (gross - margin if gross < bucket.burst else gross)
         rate = (bucket.amount - bucket.outside) / 60
-        means, variances = self._table((kind, bin_of(most)), hold, now).row(0.0)
+        row = self._table((kind, bin_of(most)), hold, now).row(0.0)
         least = gross - margin
         for place, horizon in enumerate(HORIZONS):
-            spread = self._variances[place] + count * variances[place] + TAU * TAU * self._squares[place]
-            coming = self._means[place] + count * means[place] + Z * max(0.0, spread) ** 0.5
+            spread = self._variances[place] + count * row[place + _MEANS] + TAU * TAU * self._squares[place]
+            coming = self._means[place] + count * row[place] + Z * max(0.0, spread) ** 0.5
             least = min(least, gross - margin + int(rate * horizon - coming))
         return hold * count + least
 

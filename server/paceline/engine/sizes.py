@@ -75,6 +75,9 @@ class Learned(msgspec.Struct, array_like=True, gc=False):
     """By how much the input of a call exceeded what is held for one like it."""
     surprise: int = 0
     """What nearly no call of this kind exceeds its expected input by."""
+    spread: int = 0
+    """The mean square of what calls exceed their expected input by, for each token of input: times what many calls hold
+    it is the variance of what they may exceed that by together."""
 
     def note(self, source: Sample) -> None:
         """One more call."""
@@ -90,7 +93,7 @@ class Learned(msgspec.Struct, array_like=True, gc=False):
         if source.output:
             self._note_output(source)
         if not self.calls % LOOK:
-            self.surprise = self._rare()
+            self._look()
         if self.calls >= FADE:
             self._fade()
 
@@ -123,7 +126,7 @@ class Learned(msgspec.Struct, array_like=True, gc=False):
             value = getattr(self, name)
             # A rare size is there for as many fadings as a unit has bits.
             setattr(self, name, [count >> 1 for count in value] if isinstance(value, list) else value >> 1)
-        self.surprise = self._rare()
+        self._look()
 
     def expect(self, asked: int | None) -> int | None:
         """The input to hold for a call that its caller estimates at ``asked``; ``None``: too little is known."""
@@ -133,13 +136,20 @@ class Learned(msgspec.Struct, array_like=True, gc=False):
             return -(-self.inputs // self.calls)
         return _scaled(asked, self.answered, self.asked, self.rated) if asked else 0
 
-    def _rare(self) -> int:
-        total, rest = sum(self.surprises), 0
+    def _look(self) -> None:
+        total, rest, squares = sum(self.surprises), 0, 0
+        self.surprise = self.spread = 0
         for number in range(BINS - 1, 0, -1):
-            rest += self.surprises[number]
-            if rest * RARE > total:
-                return int(middle_of(number))
-        return 0
+            count = self.surprises[number]
+            if not count:
+                continue
+            rest += count
+            middle = int(middle_of(number))
+            squares += count * middle * middle
+            if not self.surprise and rest * RARE > total:
+                self.surprise = middle
+        if squares and self.inputs:
+            self.spread = min(MOST_TOKENS, squares * self.calls // (total * self.inputs))
 
     @property
     def pace(self) -> tuple[float, float]:
@@ -211,6 +221,12 @@ def _first_of(kinds: Kinds, candidates: tuple[Kind, ...]) -> Learned | None:
         if learned is not None and learned.calls >= ENOUGH:
             return learned
     return None
+
+
+def spread_of(kinds: Kinds, pool: str) -> int:
+    """How far the inputs of a pool's calls spread: see :attr:`Learned.spread`."""
+    learned = kinds.get((pool, ALL, ALL))
+    return 0 if learned is None else learned.spread
 
 
 def fill(kinds: Kinds, profile: Profile, kind: Kind, estimate: Estimate) -> tuple[Sizes, int]:

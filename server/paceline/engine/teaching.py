@@ -14,6 +14,7 @@ from paceline.engine.accounting import WEIGHT_ONE
 from paceline.engine.books import Books
 from paceline.engine.bucket import Bucket
 from paceline.engine.calendar import next_month
+from paceline.engine.dating import Dating
 from paceline.engine.definitions import Definitions
 from paceline.engine.dimensions import GAUGES, MINUTE_US, SECOND_US, Dimension, Limit, Window
 from paceline.engine.operations import Observation, Reading, Refusal
@@ -22,7 +23,7 @@ from paceline.engine.pressing import Pressing
 from paceline.engine.rim import Rim
 from paceline.engine.state import Pool
 from paceline.engine.stats import Stats
-from paceline.engine.trail import UNSEEN_US, Trail
+from paceline.engine.trail import Trail
 
 LONGEST_BLOCK_US = 5 * MINUTE_US
 SHORTEST_BLOCK_US = SECOND_US
@@ -77,6 +78,7 @@ class Teacher:
         self._samplers: defaultdict[int, Sampler] = defaultdict(Sampler)
         """By bucket."""
         self._rims: defaultdict[int, Rim] = defaultdict(Rim)
+        self._dates: defaultdict[int, Dating] = defaultdict(Dating)
         self._at_rim: set[int] = set()
         """Buckets of which the newest reading was about the most that is ever read."""
         self._least_burst: dict[int, int] = {}
@@ -263,13 +265,14 @@ class Teacher:
     ) -> None:
         """Correct the level by what none of our levels between ``since`` and ``until`` explains."""
         trail.note(bucket.at, bucket.level - bucket.corrected + self._books.unproduced(number, bucket))
+        first, last, unseen = self._dates[number].narrowed(trail, low, high, since, until, bucket.corrected)
         if high is not None:
-            span = trail.between(since, until)
+            span = trail.between(first, last)
             if span is not None and high < span.least + bucket.corrected:
                 self._adjust(number, high - span.least - bucket.corrected)
                 return
         if low is not None and not bucket.override:
-            span = trail.between(since - UNSEEN_US, until)
+            span = trail.between(first - unseen, last)
             if span is not None and low > span.most + bucket.corrected:
                 raised = min(bucket.burst, bucket.level + low - span.most - bucket.corrected)
                 self._adjust(number, max(0, raised - bucket.level))
