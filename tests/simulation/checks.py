@@ -16,11 +16,13 @@ from paceline.engine.dimensions import WINDOW_US
 from paceline.engine.engine import Engine, Step
 from paceline.engine.operations import Commit, Operation, Release, Reserve
 from paceline.engine.state import State
+from paceline.frontend.fleet import AWAY_US
 from paceline.ledger.fold import decode_payload
 from paceline.ledger.journal import Record, genesis
 from paceline.ledger.lease import Head
+from paceline.ledger.options import OwnerOptions
 from tests.simulation.clock import START_WALL
-from tests.simulation.network import Asked
+from tests.simulation.network import KEEPALIVE_US, Asked
 from tests.simulation.store import Primary
 
 if TYPE_CHECKING:
@@ -29,9 +31,11 @@ if TYPE_CHECKING:
 
 SUM_EVERY = 16
 """Open holds are added up in one of so many steps."""
-ANSWER_US = 9_000_000
-"""How much later than its caller's patience an answer may be, if only the ledger had trouble: the 5 s for which a front
-end keeps it, the 2.5 s after which a silent connection breaks, and the store's time budget."""
+ANSWER_US = KEEPALIVE_US + OwnerOptions().append_timeout_us + AWAY_US + 250_000
+"""How much later than its caller's patience an answer may be, if only the ledger had trouble. An owner may be cut off
+from its front ends first, and then from the store, and the times add: what was sent arrives before the silent
+connection breaks, its append is given up, and the front end keeps it for ``away``. The rest is for looking (timers of
+0.1 s) and for messages."""
 PLACE_US = 150_000
 """Who came so much later may not be served before, whatever the owner did."""
 AHEAD_US = 1_500_000

@@ -56,6 +56,11 @@ class Kept:
         start = max(0, seq + 1 - self.first)
         return self.records[start : start + count]
 
+    def check_whole(self, snapshot: str, chunks: int) -> None:
+        """Of a snapshot that is to count, a failover may have lost parts. Raises :class:`StoreUnavailable`."""
+        if len(self.chunks.get(snapshot, ())) != chunks:
+            raise StoreUnavailable("parts of the snapshot are gone")
+
 
 Effect = tuple[int, Callable[["Primary"], None]]
 
@@ -266,7 +271,7 @@ class Store:
         else:
             try:
                 result = run(primary)
-            except (lease.Held, lease.TooNew, lease.Fenced, StoreFull) as refused:
+            except (lease.Held, lease.TooNew, lease.Fenced, StoreFull, StoreUnavailable) as refused:
                 error = refused
         if answer is None:
             return
@@ -422,9 +427,14 @@ class SimCommands:
                 kept.records = kept.after(kept.first - 1, max(0, expected.seq + 1 - kept.first)) + list(back)
             kept.first = kept.records[0].seq if kept.records else new.seq + 1
 
-        return await self._change(  # type: ignore[no-any-return]
-            "reassert", ledger, lambda p, now: RULES.reassert(p.head(ledger), expected, new, now), put
-        )
+        def rule(primary: Primary, now: int) -> Head:
+            before = primary.head(ledger)
+            head: Head = RULES.reassert(before, expected, new, now)
+            if new.snapshot and (before is None or before.snapshot != new.snapshot):
+                primary.kept(ledger).check_whole(new.snapshot, new.snapshot_chunks)
+            return head
+
+        return await self._change("reassert", ledger, rule, put)  # type: ignore[no-any-return]
 
     async def read(self, ledger: str, after: int, count: int, most_bytes: int = 4_194_304) -> list[Record]:
         def run(primary: Primary) -> list[Record]:
@@ -478,12 +488,12 @@ class SimCommands:
             kept.records = kept.after(keep_after, len(kept.records))
             kept.first = kept.records[0].seq if kept.records else last + 1
 
-        return await self._change(  # type: ignore[no-any-return]
-            "keep_snapshot",
-            ledger,
-            lambda p, now: RULES.keep_snapshot(p.head(ledger), epoch, nonce, name, seq, at, hash, digest, chunks),
-            trim,
-        )
+        def rule(primary: Primary, now: int) -> Head:
+            head: Head = RULES.keep_snapshot(primary.head(ledger), epoch, nonce, name, seq, at, hash, digest, chunks)
+            primary.kept(ledger).check_whole(name, chunks)
+            return head
+
+        return await self._change("keep_snapshot", ledger, rule, trim)  # type: ignore[no-any-return]
 
     async def keep_check(self, ledger: str, epoch: int, nonce: bytes, check: bytes) -> Stamped:
         return await self._change(  # type: ignore[no-any-return]

@@ -4,8 +4,12 @@ from __future__ import annotations
 
 import msgspec
 
+from paceline.ledger.errors import LedgerUnavailable
 from paceline.ledger.journal import Record, genesis
 from paceline.ledger.lease import Head
+from tests.simulation.checks import ANSWER_US
+from tests.simulation.network import Asked
+from tests.simulation.workload import PATIENCE_US, Call
 from tests.simulation.world import World
 
 NONCE = b"n" * 16
@@ -63,3 +67,19 @@ def test_what_only_a_primary_without_office_had_is_lost_with_its_owner_alone() -
     assert not world.checks._was_left_alone(old, NONCE, old.superseded_at)
     world.ended[""] = old.ended_at
     assert world.checks._was_left_alone(old, NONCE, accepted_at)
+
+
+def test_an_answer_is_late_behind_a_silent_line_an_append_and_the_time_away_together() -> None:
+    world = World(1)
+    call = Call("id/0", "acme", "client-0", 1, 0)
+    asked = Asked(world.network, "client-0", "node-1", lambda host, back: None, lambda answer: None)
+    error = LedgerUnavailable("nobody decides")
+    # 2.5 s, 3 s and 5 s, of which each may come behind the other.
+    world.loop.now = 4_000_000 + 10_500_000
+    world.checks.heard(call, asked, error, 1_000_000, 3_000_000)
+    assert not world.checks.violations
+    world.loop.now = 4_000_000 + ANSWER_US + 1
+    world.checks.heard(call, asked, error, 1_000_000, 3_000_000)
+    assert len(world.checks.violations) == 1
+    # A caller that has heard nothing by then takes its node for dead: the bound must come before that.
+    assert ANSWER_US < PATIENCE_US
