@@ -19,7 +19,7 @@ from paceline.ledger.fold import Fold, paced
 from paceline.ledger.machine import EngineMachine
 from paceline.ledger.options import OwnerOptions
 from tests.ledger.model_store import ModelCommands
-from tests.ledger.test_keeper import POOL, USED, Fleet, state_of
+from tests.ledger.test_keeper import USED, Fleet, state_of, three
 
 EVENTS = 60
 """Behind which a snapshot is due."""
@@ -27,14 +27,8 @@ EVENTS = 60
 
 @pytest.fixture
 async def fleet() -> AsyncIterator[Fleet]:
-    fleet = Fleet(OwnerOptions(gather_us=0, snapshot_events=EVENTS))
-    for name in ("one", "two", "three"):
-        await fleet.add(name)
-    await fleet.run(3)
-    await fleet.call(POOL)
-    yield fleet
-    for name in list(fleet.keepers):
-        fleet.kill(name)
+    async with three(OwnerOptions(gather_us=0, snapshot_events=EVENTS)) as fleet:
+        yield fleet
 
 
 async def pair(fleet: Fleet, key: str) -> None:

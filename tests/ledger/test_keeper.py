@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import itertools
 from collections.abc import AsyncIterator, Sequence
+from contextlib import asynccontextmanager
 
 import pytest
 
@@ -131,9 +132,10 @@ class Fleet:
         return answer
 
 
-@pytest.fixture
-async def fleet() -> AsyncIterator[Fleet]:
-    fleet = Fleet()
+@asynccontextmanager
+async def three(options: OwnerOptions | None = None) -> AsyncIterator[Fleet]:
+    """Three processes, of which one owns a ledger with a pool."""
+    fleet = Fleet(options)
     for name in ("one", "two", "three"):
         await fleet.add(name)
     await fleet.run(3)
@@ -141,6 +143,12 @@ async def fleet() -> AsyncIterator[Fleet]:
     yield fleet
     for name in list(fleet.keepers):
         fleet.kill(name)
+
+
+@pytest.fixture
+async def fleet() -> AsyncIterator[Fleet]:
+    async with three() as fleet:
+        yield fleet
 
 
 def state_of(owner: Owner) -> State:

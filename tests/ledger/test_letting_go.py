@@ -17,7 +17,7 @@ from paceline.ledger.fold import decode_payload
 from paceline.ledger.journal import StoreUnavailable
 from paceline.ledger.machine import EngineMachine
 from paceline.ledger.options import Phase
-from tests.ledger.test_keeper import POOL, Fleet, state_of
+from tests.ledger.test_keeper import Fleet, state_of, three
 
 KEYS = {f"k{number}" for number in range(5)}
 LARGE = Candidate("pool", (), Estimate(1, 10**7, 0, 0, 0))
@@ -26,17 +26,11 @@ LARGE = Candidate("pool", (), Estimate(1, 10**7, 0, 0, 0))
 @pytest.fixture
 async def replicas() -> AsyncIterator[Fleet]:
     """Three processes; the ledger has some grants, and one process has followed them."""
-    fleet = Fleet()
-    for name in ("one", "two", "three"):
-        await fleet.add(name)
-    await fleet.run(3)
-    await fleet.call(POOL)
-    for key in sorted(KEYS):
-        await fleet.grant(key)
-    await fleet.run(1)
-    yield fleet
-    for name in list(fleet.keepers):
-        fleet.kill(name)
+    async with three() as fleet:
+        for key in sorted(KEYS):
+            await fleet.grant(key)
+        await fleet.run(1)
+        yield fleet
 
 
 def strike(fleet: Fleet, how: str) -> None:
