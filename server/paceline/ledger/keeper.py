@@ -528,9 +528,12 @@ class Keeper:
 
         def share() -> float | None:
             dead = entry.dead is not None and entry.dead[0] == entry.where.epoch
+            needed = entry.vacant or dead or self._clock.monotonic() < entry.urgent_until
             there = self._nodes.get(entry.where.node)
-            leaving = there is not None and not there.ready
-            needed = entry.vacant or dead or leaving or self._clock.monotonic() < entry.urgent_until
+            if not needed and there is not None and not there.ready:
+                # It leaves, and serves on until somebody is warm: another one may be, and needs the core.
+                others = self._nodes.keys() - {self.info.node, there.node}
+                needed = not any(self._is_warm(entry, node) for node in others)
             return None if needed else self._options.follow_share
 
         return share
