@@ -25,7 +25,7 @@ KILL_P99 = 2.5
 HAND_OVER_P99 = 0.2
 """Bounds of the added wait. Unit: seconds."""
 STARTED = "a server started again"
-"""No change of owner, and without a bound: how far a start takes the processor from all others is the machine's affair."""
+"""No change of owner, and without a bound: how much a start takes of the processor is the machine's affair."""
 SETTLE_SECONDS = 3.0
 MOST_SETTLE_SECONDS = 20.0
 """Between a server's return and the next deed."""

@@ -331,6 +331,17 @@ async def test_a_drain_leads_to_the_successor(world: World) -> None:
     assert world.front.keeper.suspected == []
 
 
+async def test_only_the_successor_is_told_to_make_haste(world: World) -> None:
+    world.own(world.one, 1)
+    slots = (world.front.slot, world.two.slot)
+    await until(lambda: all(slot.ready for slot in slots))
+    world.one.serving.drain(LEDGER, "two", "two")
+    await until(lambda: world.two.keeper.hints)
+    await asyncio.sleep(0.02)
+    assert world.two.keeper.hints == [(2, "two")]
+    assert not world.front.keeper.hints
+
+
 async def test_a_successor_that_does_not_listen_yet_is_not_dead(world: World) -> None:
     """Its epoch has not begun: were it taken for dead now, it would be deposed as soon as it begins."""
     world.own(world.one, 1)

@@ -15,7 +15,7 @@ from paceline.ledger.commands import NodeInfo
 from paceline.ledger.journal import Mark, Record, StoreFenced, StoreUnavailable, StoreVersion, genesis
 from paceline.ledger.lease import Head
 from paceline.ledger.shared import Bid, SharedJournal, StoreDeposed, StoreHeld, StoreLost, Terms
-from paceline.ledger.succession import PATIENCE_US, due, heirs, ranking
+from paceline.ledger.succession import PATIENCE_US, ROLLOUT_US, due, heirs, ranking
 from tests.ledger.model_store import ModelCommands, ModelStore
 
 
@@ -244,6 +244,29 @@ def test_ledgers_spread_and_all_agree() -> None:
 def test_the_newest_follows_one_that_drains() -> None:
     fleet = nodes("a", "b", "c", "d", draining="b")
     assert heirs("x", fleet, "b") == ["d", "c", "a"]
+
+
+def test_one_that_drains_has_nobody_begin_to_read() -> None:
+    fleet = nodes("a", "b", "c", "d", draining="b")
+    fleet["c"] = msgspec.structs.replace(fleet["c"], warm=("x", "y"))
+    assert heirs("x", fleet, "b") == ["c", "d", "a"]
+    fleet["a"] = msgspec.structs.replace(fleet["a"], warm=("x",))
+    assert heirs("x", fleet, "b") == ["c", "a", "d"]
+    fleet["d"] = msgspec.structs.replace(fleet["d"], warm=("z",))
+    assert heirs("x", fleet, "b") == ["c", "a", "d"]
+
+
+def test_while_a_rollout_may_be_under_way_the_newest_keeps_itself_warm() -> None:
+    fleet = nodes("a", "b", "c", "d")
+    others = [fleet[name] for name in ("a", "c", "d")]
+    usual = ranking("x", others)
+    assert heirs("x", fleet, "b", now=3 + ROLLOUT_US) == usual
+    for newest in ("a", "c", "d"):
+        fleet = nodes(*[name for name in "abcd" if name != newest], newest)
+        now = fleet[newest].started_at + ROLLOUT_US - 1
+        assert heirs("x", fleet, "b", now=now) == [newest, *(name for name in usual if name != newest)]
+        # One that the newest owns has the newest of the others.
+        assert newest not in heirs("x", fleet, newest, now=now)
 
 
 HEAD = Head(4, b"n", "owner", "", 1, b"h", 1, 0, 0, 3_000_000, 0, b"", "here", 2)

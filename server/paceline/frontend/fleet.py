@@ -545,7 +545,9 @@ class FleetSlot(Slot):
     def hinted(self, target: Target) -> None:
         if target.node != self._node and target.epoch >= self.epoch:
             self._link.aim(target)
-        self._keeper.hint(self.account, target.epoch, target.node, target.address)
+        # Another process is believed to own the ledger once it does; this one, if it is chosen, has to make haste.
+        if target.node == self._node or not target.is_expected:
+            self._keeper.hint(self.account, target.epoch, target.node, target.address)
 
     def _settle(self, pending: _Pending, answer: Answer | LedgerError) -> None:
         del self._pending[pending.number]

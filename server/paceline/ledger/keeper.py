@@ -65,7 +65,7 @@ class KeeperOptions(msgspec.Struct, frozen=True):
     refusal_us: int = 5_000_000
     """After a journal that cannot be read."""
     warm_us: int = 2_000_000
-    """For so long an owner that drains waits for the newest process to be warm."""
+    """For so long at least, if its time allows, an owner that drains waits for somebody to be warm."""
     balance_us: int = 10_000_000
     settled_us: int = 20_000_000
     """A process that is younger is not given ledgers for balance."""
@@ -310,12 +310,7 @@ class Keeper:
                 _log.critical("ledger cannot be owned here", ledger=entry.ledger, error=str(error))
             return options.far_look_us
         me = self.info.node
-        order = heirs(
-            entry.ledger,
-            self._nodes,
-            "" if head is None else head.node,
-            0 if head is None else head.form,
-        )
+        order = self._order(entry, "" if head is None else head.node, 0 if head is None else head.form)
         rank = order.index(me) if me in order else len(order)
         chosen = head is not None and head.successor == me
         entry.vacant = head is None or chosen or head.until <= now
@@ -358,6 +353,9 @@ class Keeper:
             # Whoever takes it then should be found at once.
             near = min(near, head.until - now + options.urgent_look_us)
         return min(near, max(options.urgent_look_us, at - now))
+
+    def _order(self, entry: _Entry, owner: str, form: int) -> list[str]:
+        return heirs(entry.ledger, self._nodes, owner, form, self._clock.wall())
 
     def _is_warm(self, entry: _Entry, node: str) -> bool:
         return entry.warm if node == self.info.node else entry.ledger in self._nodes[node].warm
@@ -571,7 +569,7 @@ class Keeper:
         """The first heir that is warm, waited for; if there is none for long, the first. Empty: there is nobody."""
         until = self._clock.monotonic() + int(self._options.hand_over_s * 1e6)
         while owner.phase is Phase.SERVING:
-            order = heirs(entry.ledger, self._nodes, self.info.node, owner.form or 0)
+            order = self._order(entry, self.info.node, owner.form or 0)
             node = next((each for each in order if self._is_warm(entry, each)), "")
             if node or not order:
                 return node
@@ -581,24 +579,20 @@ class Keeper:
         return ""
 
     async def _leave(self, entry: _Entry, deadline: int) -> None:
-        """Hand one ledger over before this process ends; to the newest one, if it is warm in time."""
+        """Hand one ledger over before this process ends: at once, if somebody is warm."""
         owner = entry.owner
         while owner is not None and owner.phase is Phase.DRAINING and self._clock.monotonic() < deadline:
             # It is being handed over already.
             await self._clock.sleep_until(self._clock.monotonic() + self._options.close_look_us)
-        now = self._clock.monotonic()
-        patient_until = min(deadline, now + self._options.warm_us)
         # Somebody cold would have callers wait while it reads; until it is late, this one serves on.
+        patient_until = min(deadline, self._clock.monotonic() + self._options.warm_us)
         last = max(patient_until, deadline - int(self._options.hand_over_s * 1e6))
         while owner is not None and owner.phase is Phase.SERVING:
-            order = heirs(entry.ledger, self._nodes, self.info.node, owner.form or 0)
-            warm = [node for node in order if self._is_warm(entry, node)]
-            late = self._clock.monotonic() >= patient_until
+            order = self._order(entry, self.info.node, owner.form or 0)
             is_last = self._clock.monotonic() >= last
             if not order:
                 break
-            heirs_now = warm if warm and (late or warm[0] == order[0]) else order if is_last else []
-            if heirs_now and await self.hand_over(entry.ledger, heirs_now[0]):
+            if (is_last or self._is_warm(entry, order[0])) and await self.hand_over(entry.ledger, order[0]):
                 return
             if is_last:
                 break

@@ -15,6 +15,8 @@ from paceline.ledger.lease import Head
 
 PATIENCE_US = 400_000
 """For so long each rank waits for the one before it."""
+ROLLOUT_US = 300_000_000
+"""A process that has started within this time may be one of a rollout that stops others soon."""
 
 
 def ranking(ledger: str, nodes: Iterable[NodeInfo]) -> list[str]:
@@ -23,16 +25,26 @@ def ranking(ledger: str, nodes: Iterable[NodeInfo]) -> list[str]:
     return sorted(ready, key=lambda node: (_weight(ledger, node), node), reverse=True)
 
 
-def heirs(ledger: str, nodes: Mapping[str, NodeInfo], owner: str, form: int = 0) -> list[str]:
+def heirs(ledger: str, nodes: Mapping[str, NodeInfo], owner: str, form: int = 0, now: int = 0) -> list[str]:
     """The processes that may follow ``owner``, in order: those that read ``form``. The first keeps itself warm.
 
-    An owner that drains is followed by the newest process, which the same rollout will not stop again.
+    While a rollout may be under way, the newest process comes first: the same rollout will not stop it again. Who is
+    warm comes first when the owner drains: to read a snapshot then would take the processor from those who serve.
+    ``now``: the time by which processes state when they started (µs); 0: no start is recent.
     """
     others = [node for node in nodes.values() if node.node != owner and node.ready and node.form >= form]
-    leaving = nodes.get(owner)
-    if leaving is not None and not leaving.ready:
-        return [node.node for node in sorted(others, key=lambda node: (node.started_at, node.node), reverse=True)]
-    return ranking(ledger, others)
+    order = ranking(ledger, others)
+    if not order:
+        return order
+    by_start = sorted(others, key=lambda node: (node.started_at, node.node), reverse=True)
+    there = nodes.get(owner)
+    if there is not None and not there.ready:
+        order = [node.node for node in by_start]
+        order.sort(key=lambda node: ledger not in nodes[node].warm)
+    elif now and now - by_start[0].started_at < ROLLOUT_US:
+        order.remove(by_start[0].node)
+        order.insert(0, by_start[0].node)
+    return order
 
 
 def due(

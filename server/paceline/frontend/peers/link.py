@@ -420,7 +420,9 @@ class Link:
     def _follow(self, frame: NotOwner | Drain) -> None:
         """Go to the successor, which may not own the ledger yet: it holds our hello back until it does."""
         if frame.address:
-            self.aim(Target(self.epoch + 1, frame.node, frame.address, is_expected=True))
+            target = Target(self.epoch + 1, frame.node, frame.address, is_expected=True)
+            self.aim(target)
+            self._user.hinted(target)
 
     def _welcomed(self, frame: Welcome) -> None:
         if frame.epoch < self._least:
