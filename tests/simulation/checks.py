@@ -553,7 +553,9 @@ class Checks:
     def _check_refill(self, ledger: str, state: State, lost: dict[str, bool]) -> None:
         """What callers were granted never exceeds what the limits refilled: counted on the true clock.
 
-        Each grant that a caller has heard of counts from when it was decided; what its end gave back, from then.
+        Each grant that a caller has heard of counts from when it was decided; what its end gave back, from then. At one
+        instant, what was given back of older grants comes first: what the burst has no room for then is lost. Of a call
+        that was granted and ended at that instant only what it kept counts, since its refund is of nothing older.
         """
         world = self.world
         for bucket in state.buckets:
@@ -571,15 +573,19 @@ class Checks:
                 granted_at = told.granted_at if told.served_at is None else told.served_at
                 if key in lost:
                     continue
-                moves.append((granted_at, 1, hold, key))
+                taken = hold
                 ended = state.ended.get(key)
                 place = -1 if ended is None else self._place(ended.buckets, state.buckets.index(bucket))
                 if ended is not None and place >= 0 and ended.charges[place] < hold:
                     ended_at = next((d.at for d in decided if d.what != "granted"), granted_at)
-                    moves.append((max(ended_at, granted_at), 0, ended.charges[place] - hold, key))
+                    if ended_at > granted_at:
+                        moves.append((ended_at, 0, ended.charges[place] - hold, key))
+                    else:
+                        taken = ended.charges[place]
                 elif ended is not None and place >= 0 and ended.charges[place] > hold:
                     ended_at = next((d.at for d in reversed(decided) if d.what != "granted"), granted_at)
                     moves.append((max(ended_at, granted_at), 2, ended.charges[place] - hold, key))
+                moves.append((granted_at, 1, taken, key))
             moves.sort()
             level, at = float(bucket.burst), 0
             slack = bucket.amount * DRIFT * world.loop.now / window + bucket.amount * 0.05e6 / window + 1

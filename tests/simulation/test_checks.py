@@ -4,12 +4,18 @@ from __future__ import annotations
 
 import msgspec
 
+from paceline.engine.accounting import Estimate
+from paceline.engine.answers import Granted
+from paceline.engine.dimensions import Dimension, Limit, Window
+from paceline.engine.engine import Engine
+from paceline.engine.operations import Candidate, DefinePool, Operation, Release, Reserve
 from paceline.ledger.errors import LedgerUnavailable
 from paceline.ledger.journal import Record, genesis
 from paceline.ledger.lease import Head
 from tests.simulation.checks import ANSWER_US
+from tests.simulation.clock import START_WALL
 from tests.simulation.network import Asked
-from tests.simulation.workload import PATIENCE_US, Call
+from tests.simulation.workload import PATIENCE_US, PROFILE, Call
 from tests.simulation.world import World
 
 NONCE = b"n" * 16
@@ -83,3 +89,44 @@ def test_an_answer_is_late_behind_a_silent_line_an_append_and_the_time_away_toge
     assert len(world.checks.violations) == 1
     # A caller that has heard nothing by then takes its node for dead: the bound must come before that.
     assert ANSWER_US < PATIENCE_US
+
+
+def decide(world: World, engine: Engine, at: int, *operations: Operation) -> None:
+    """One step at ``at`` µs, of which the checks hear, and callers of what they were granted."""
+    world.loop.now = at
+    batch = list(enumerate(operations))
+    step = engine.step(START_WALL + at, batch)
+    calls = {one.key: Call(one.key, "acme", "client-0", 0, at) for one in operations if isinstance(one, Reserve)}
+    for call in calls.values():
+        world.checks.began(call)
+    world.checks.stepped(world.nodes[0], engine, batch, step)
+    for _, answer in step.answers:
+        if isinstance(answer, Granted):
+            world.checks.granted(calls[answer.keys[0]], answer)
+
+
+def test_what_is_granted_and_given_back_at_one_instant_is_not_missing() -> None:
+    def reserve(key: str) -> Reserve:
+        return Reserve(key, (Candidate("pool", (), Estimate(1)),), hold_us=60_000_000)
+
+    world = World(1)
+    checks, engine = world.checks, Engine("acme")
+    decide(world, engine, 0, DefinePool("pool", PROFILE, (Limit(Dimension.REQUESTS, Window.MINUTE, 60, 6),)))
+    decide(world, engine, 1, reserve("older"))
+    # Full again: of the six in it three are taken twice. That the older one is given back adds nothing.
+    mine = [f"mine/{number}" for number in range(3)]
+    others = [reserve(f"other/{number}") for number in range(6)]
+    given_back = [Release(key) for key in (*mine, "older")]
+    decide(world, engine, 5_000_000, *(reserve(key) for key in mine), *given_back, *others, reserve("too many"))
+    told = {key for key, one in checks.told.items() if one.granted is not None}
+    assert told == {"older", *mine, *(one.key for one in others)}
+    for one in checks.told.values():
+        one.served_at = one.granted_at if one.granted is not None else None
+    checks._check_refill("acme", engine.state, {})
+    assert not checks.violations
+    # Had there been room for four, two of the six were not there.
+    bucket = next(bucket for bucket in engine.state.buckets if bucket.pool)
+    bucket.burst -= 2
+    checks._check_refill("acme", engine.state, {})
+    (violation,) = checks.violations
+    assert "was granted 2 more REQUESTS than there was" in violation
