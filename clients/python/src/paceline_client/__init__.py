@@ -22,14 +22,18 @@ from paceline_client._client import (
     Reservation,
     Reservations,
 )
-from paceline_client._errors import CannotFit, Denied, PacelineError, RequestRefused, Unavailable
+from paceline_client._errors import CannotFit, Denied, PacelineError, RequestRefused, Unavailable, UnmappedAccount
 from paceline_client._estimate import estimate_tokens
 from paceline_client._fit import fit_prompt
 from paceline_client._grant import Grant, GrantBatch
-from paceline_client._model import Candidate, Policy, Priority, Settlement, Target, Usage
+from paceline_client._merge import AsyncMerger, Merger
+from paceline_client._model import Candidate, Limit, Policy, Priority, Settlement, Target, Usage
+from paceline_client._steps import Answer, Local, Step, Turn
 
 __all__ = [
+    "Answer",
     "AsyncClient",
+    "AsyncMerger",
     "AsyncReservation",
     "AsyncReservations",
     "Candidate",
@@ -38,6 +42,9 @@ __all__ = [
     "Denied",
     "Grant",
     "GrantBatch",
+    "Limit",
+    "Local",
+    "Merger",
     "PacelineError",
     "Policy",
     "Priority",
@@ -45,8 +52,11 @@ __all__ = [
     "Reservation",
     "Reservations",
     "Settlement",
+    "Step",
     "Target",
+    "Turn",
     "Unavailable",
+    "UnmappedAccount",
     "Usage",
     "estimate_tokens",
     "fit_prompt",

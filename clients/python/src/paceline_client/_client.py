@@ -3,22 +3,27 @@
 from __future__ import annotations
 
 import asyncio
+import inspect
 import time
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from types import TracebackType
-from typing import TYPE_CHECKING, Final, Self, Unpack
+from typing import TYPE_CHECKING, Any, Final, Self, TypeVar, Unpack
 
 from paceline_client._config import DEFAULT_BUDGET, DEFAULT_LOCAL_SCALE, Options, Transport, options
-from paceline_client._errors import Denied
+from paceline_client._errors import Denied, Unavailable
 from paceline_client._grant import Grant, GrantBatch
 from paceline_client._model import HeaderSource, Mode, Policy, Priority, Target, Usage
 from paceline_client._outcome import CallOutcome, from_exception, from_response
 from paceline_client._plan import Ask, Plan, plan
+from paceline_client._steps import Answer, Local, Step, Turn, Walk
 
 if TYPE_CHECKING:
     from paceline_client._desk import Decision, Desk
     from paceline_client._send import Submit
 
 __all__ = ["AsyncClient", "AsyncReservation", "AsyncReservations", "Client", "Reservation", "Reservations"]
+
+T = TypeVar("T")
 
 CLOSE_BUDGET: Final = 2.0
 """For the last reports of a client that is closed. Unit: seconds."""
@@ -175,6 +180,39 @@ class Client(_Base):
         asked = self._plan(ask)
         return _granted(asked, self._decide(asked))
 
+    def call(
+        self,
+        send: Callable[[Turn], T],
+        *,
+        prompt: object = None,
+        steps: Sequence[Step | Local] = (),
+        accounts: Mapping[str, Any] | None = None,
+        **ask: Unpack[Ask],
+    ) -> Answer[T]:
+        """Make a call in the first way that is granted: as asked for, or else by the first of the steps.
+
+        ``send`` gets the turn, makes the call and returns the SDK's response, which is committed unless ``send`` has
+        committed itself. It is called once at most: after an error of the call itself no other step is taken.
+        ``max_wait`` holds for all steps together. A denial leads to the next step; so does an ``Unavailable``. When
+        none is left, the last one is raised. ``prompt`` is handed to ``send``, and its size estimated unless given.
+        ``accounts`` has the caller's own SDK client or key for each account; ``turn.client`` is that of the grant.
+        """
+        walk = Walk(self._plan(ask), prompt, steps, accounts)
+        while (asked := walk.asked()) is not None:
+            decision: Decision | Unavailable
+            try:
+                decision = self._decide(asked)
+            except Unavailable as error:
+                decision = error
+            turn = walk.turn(decision)
+            if turn is not None:
+                with turn.grant as grant:
+                    value = send(turn)
+                    if not grant.ended:
+                        grant.commit(value)
+                return walk.answer(value, turn)
+        return walk.answer(walk.local(), None)
+
     def observe(
         self,
         model: str,
@@ -286,6 +324,36 @@ class AsyncClient(_Base):
         """A grant without a block. The caller commits or releases it."""
         asked = self._plan(ask)
         return _granted(asked, await self._decide(asked))
+
+    async def call(
+        self,
+        send: Callable[[Turn], Awaitable[T]],
+        *,
+        prompt: object = None,
+        steps: Sequence[Step | Local] = (),
+        accounts: Mapping[str, Any] | None = None,
+        **ask: Unpack[Ask],
+    ) -> Answer[T]:
+        """Make a call in the first way that is granted: as asked for, or else by the first of the steps.
+
+        As :meth:`Client.call`; ``send`` is awaited, and so is a local answer that is awaitable.
+        """
+        walk = Walk(self._plan(ask), prompt, steps, accounts)
+        while (asked := walk.asked()) is not None:
+            decision: Decision | Unavailable
+            try:
+                decision = await self._decide(asked)
+            except Unavailable as error:
+                decision = error
+            turn = walk.turn(decision)
+            if turn is not None:
+                with turn.grant as grant:
+                    value = await send(turn)
+                    if not grant.ended:
+                        grant.commit(value)
+                return walk.answer(value, turn)
+        answer = walk.local()
+        return walk.answer(await answer if inspect.isawaitable(answer) else answer, None)
 
     def observe(
         self,

@@ -152,6 +152,7 @@ class Desk:
                 expires_at=now + expires_in,
                 waited=waited,
                 context=answer.context,
+                answer=result,
             )
             for reservation_id in (answer.child_reservation_ids or (request.reservation_id,))
         ]

@@ -2,7 +2,12 @@
 
 from __future__ import annotations
 
-__all__ = ["CannotFit", "Denied", "PacelineError", "RequestRefused", "Unavailable"]
+from typing import Final
+
+__all__ = ["CannotFit", "Denied", "PacelineError", "RequestRefused", "Unavailable", "UnmappedAccount"]
+
+MAX_NAMED: Final = 10
+"""Accounts that an error message lists."""
 
 
 class PacelineError(Exception):
@@ -96,6 +101,27 @@ class RequestRefused(PacelineError):
 
     def __str__(self) -> str:
         return f"{self.code}: {self.message}"
+
+
+class UnmappedAccount(PacelineError, LookupError):
+    """The grant is for an account for which the caller has named no key or client. It has been released."""
+
+    def __init__(self, account: str, field: str, known: tuple[str, ...] = ()) -> None:
+        self.account = account
+        """Of the grant (its ``target.account``)."""
+        self.field = field
+        """The argument that lacks it: ``accounts``, or ``keys`` of a hook."""
+        self.known = known
+        """The accounts that it has."""
+        super().__init__(account, field, known)
+
+    def __str__(self) -> str:
+        known = ", ".join(sorted(self.known)[:MAX_NAMED]) or "nothing"
+        more = ", …" if len(self.known) > MAX_NAMED else ""
+        return (
+            f"the grant is for the account {self.account!r} (target.account), for which `{self.field}` has no entry; "
+            f"it has {known}{more}. The reservation was released."
+        )
 
 
 class CannotFit(PacelineError, ValueError):

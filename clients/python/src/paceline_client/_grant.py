@@ -2,20 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from types import TracebackType
-from typing import TYPE_CHECKING, overload
+from typing import TYPE_CHECKING, TypeVar, overload
 
-from paceline_client._errors import Denied
-from paceline_client._model import Headers, HeaderSource, Settlement, Target, Usage
+from paceline_client._errors import Denied, UnmappedAccount
+from paceline_client._model import Headers, HeaderSource, Limit, Settlement, Target, Usage
 from paceline_client._outcome import CallOutcome, UsageKind, from_exception, from_response
 
 if TYPE_CHECKING:
     from paceline_client._core import Timer
     from paceline_client._local import LocalGrant
     from paceline_client._send import Account
+    from paceline_client.stubs.paceline.v1.coordinator_pb2 import ReserveResponse
 
 __all__ = ["Grant", "GrantBatch"]
+
+A = TypeVar("A")
 
 
 class Grant:
@@ -28,6 +31,7 @@ class Grant:
     __slots__ = (
         "__weakref__",
         "_account",
+        "_answer",
         "_context",
         "_ended",
         "_header_time",
@@ -65,6 +69,7 @@ class Grant:
         local: bool = False,
         local_grant: LocalGrant | None = None,
         denial: Denied | None = None,
+        answer: ReserveResponse | None = None,
     ) -> None:
         self.reservation_id = reservation_id
         self.candidate_index = candidate_index
@@ -86,6 +91,7 @@ class Grant:
         self.settlement: Settlement | None = None
         """What the server booked, once it has said so."""
         self._account = account
+        self._answer = answer
         self._context = context
         self._local = local_grant
         self._instance = "" if account is None else account.hub.instance
@@ -118,6 +124,32 @@ class Grant:
             "local": self.local,
             "denied": None if self.denial is None else self.denial.reason,
         }
+
+    @property
+    def binding(self) -> str:
+        """The dimension of the limit that the call waited for. Empty: it did not wait, or nobody has said."""
+        if self._answer is None:
+            return ""
+        from paceline_client._wire import binding
+
+        return binding(self._answer)
+
+    @property
+    def limits(self) -> tuple[Limit, ...]:
+        """The limits that the call touches, as they were when it was granted. Empty: no coordinator has said."""
+        if self._answer is None:
+            return ()
+        from paceline_client._wire import limits
+
+        return limits(self._answer)
+
+    def choose(self, accounts: Mapping[str, A]) -> A:
+        """The caller's own API key or SDK client for the account that was granted.
+
+        Where nobody has named an account (a client that is disabled, no coordinator) it is the first. Raises
+        :class:`~paceline_client.UnmappedAccount` for an account that is missing, and releases the grant.
+        """
+        return self._choose(accounts, "accounts")
 
     @property
     def ended(self) -> bool:
@@ -237,6 +269,15 @@ class Grant:
             self._settle(CallOutcome("succeeded", self._status, usage_kind="missing"))
 
     # -- inside -------------------------------------------------------------------------------------------------
+
+    def _choose(self, accounts: Mapping[str, A], field: str) -> A:
+        account = self.target.account
+        if account in accounts:
+            return accounts[account]
+        if not account and accounts:
+            return next(iter(accounts.values()))
+        self.release()
+        raise UnmappedAccount(account, field, tuple(accounts))
 
     @property
     def _stale(self) -> bool:

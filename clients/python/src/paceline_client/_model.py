@@ -6,7 +6,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
-__all__ = ["Candidate", "HeaderSource", "Headers", "Policy", "Priority", "Settlement", "Target", "Usage"]
+__all__ = ["Candidate", "HeaderSource", "Headers", "Limit", "Policy", "Priority", "Settlement", "Target", "Usage"]
 
 Priority = Literal["interactive", "standard", "batch"]
 Policy = Literal["local", "open", "closed"]
@@ -88,6 +88,27 @@ class Usage:
             or self.cache_read_tokens is not None
             or self.cache_write_tokens is not None
         )
+
+
+@dataclass(frozen=True, slots=True)
+class Limit:
+    """One limit that a call touches, as it was right after the decision. Unit: that of the dimension."""
+
+    pool: str
+    share: str
+    """Name of the share. Empty: the pool itself."""
+    dimension: str
+    """For example ``requests`` or ``input_tokens``."""
+    window: str
+    """``minute``, ``day``, ``month`` or ``none``."""
+    limit: int | None
+    """Per window. ``None``: not limited, or not known yet."""
+    burst: int | None
+    """What can be there at most. ``None``: not known yet."""
+    level: int | None
+    """What is left, net of open holds; below zero it is debt. ``None``: not known."""
+    held: int
+    """The sum of the open holds."""
 
 
 @dataclass(frozen=True, slots=True)

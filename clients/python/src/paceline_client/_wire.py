@@ -8,7 +8,7 @@ from typing import Final
 from google.protobuf.duration_pb2 import Duration
 
 from paceline_client._errors import Denied
-from paceline_client._model import Candidate, Headers, Priority, Settlement, Target, Usage
+from paceline_client._model import Candidate, Headers, Limit, Priority, Settlement, Target, Usage
 from paceline_client._outcome import CallOutcome
 from paceline_client.stubs.paceline.v1 import common_pb2 as common
 from paceline_client.stubs.paceline.v1 import coordinator_pb2 as pb
@@ -155,6 +155,28 @@ def denied(answer: pb.ReserveResponse) -> Denied:
         share=ref.share if ref is not None else "",
         window=_WINDOWS.get(ref.window, "") if ref is not None else "",
         message=denial.message,
+    )
+
+
+def binding(answer: pb.ReserveResponse) -> str:
+    """The dimension that bound. Empty: none."""
+    return DIMENSIONS.get(answer.binding_dimension.dimension, "") if answer.HasField("binding_dimension") else ""
+
+
+def limits(answer: pb.ReserveResponse) -> tuple[Limit, ...]:
+    """The limits in an answer."""
+    return tuple(
+        Limit(
+            each.pool,
+            each.share,
+            DIMENSIONS.get(each.dimension, ""),
+            _WINDOWS.get(each.window, ""),
+            each.limit if each.HasField("limit") else None,
+            each.burst if each.HasField("burst") else None,
+            each.level if each.HasField("level") else None,
+            each.held,
+        )
+        for each in answer.dimensions
     )
 
 

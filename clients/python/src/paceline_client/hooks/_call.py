@@ -17,10 +17,12 @@ from paceline_client.hooks._trouble import trouble
 class Attempt:
     """Follows one attempt. No method raises, blocks or waits: the application's call goes on whatever happens here."""
 
-    __slots__ = ("__weakref__", "_early", "_open", "_scanner", "_seen", "_size", "grant", "status")
+    __slots__ = ("__weakref__", "_early", "_open", "_scanner", "_seen", "_size", "grant", "key", "status")
 
     def __init__(self, grant: Grant, size: Size, seen: Seen) -> None:
         self.grant = grant
+        self.key: str | None = None
+        """The API key to make it with. ``None``: that of the SDK client."""
         self.status = 200
         self._size = size
         self._seen = seen

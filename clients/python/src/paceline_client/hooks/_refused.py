@@ -8,11 +8,12 @@ from typing import Final
 
 import httpx2
 
-from paceline_client._errors import Denied, RequestRefused, Unavailable
+from paceline_client._errors import Denied, RequestRefused, Unavailable, UnmappedAccount
 
 TOO_MANY: Final = 429
 AWAY: Final = 503
 NOT_VALID: Final = 400
+NO_KEY: Final = 401
 
 
 def denial_response(denied: Denied, request: httpx2.Request) -> httpx2.Response:
@@ -34,6 +35,12 @@ def refusal_response(error: RequestRefused, request: httpx2.Request) -> httpx2.R
     """As for a request that is not valid: ours, not the application's."""
     headers = {"x-should-retry": "false", "x-paceline": "refused"}
     return _response(NOT_VALID, headers, "invalid_request_error", str(error), "paceline_refused", request)
+
+
+def unmapped_response(error: UnmappedAccount, request: httpx2.Request) -> httpx2.Response:
+    """As for a request without a key."""
+    headers = {"x-should-retry": "false", "x-paceline": "unmapped"}
+    return _response(NO_KEY, headers, "authentication_error", str(error), "paceline_unmapped_account", request)
 
 
 def _response(

@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import TypeVar
 
 from paceline_client._client import AsyncClient, Client
 from paceline_client._errors import PacelineError, RequestRefused
 from paceline_client._grant import Grant
+from paceline_client._model import Candidate
 from paceline_client._plan import Ask
 from paceline_client.hooks._call import Attempt
+from paceline_client.hooks._keys import Key, Keys
 from paceline_client.hooks._labels import DEFAULT_MAX_WAIT, Labels, current
 from paceline_client.hooks._size import Seen, Size
 from paceline_client.hooks._trouble import refused, unreserved
@@ -31,6 +34,7 @@ class Session:
         labels: Labels,
         target: Mapping[str, str],
         min_output_tokens: int | None,
+        keys: Mapping[str, Key] | None = None,
     ) -> None:
         if min_output_tokens is not None and min_output_tokens < 0:
             raise ValueError("min_output_tokens must not be negative")
@@ -40,6 +44,7 @@ class Session:
             client = Client()
         elif not isinstance(client, (Client, AsyncClient)):
             raise TypeError(f"client must be a Client or an AsyncClient of paceline_client, not {client!r}")
+        self.keys = Keys(keys, target.get("account", ""))
         self.seen = _seen
         self.min_output_tokens = min_output_tokens
         self._given = client
@@ -65,10 +70,11 @@ class Session:
     def begin(self, model: str, size: Size, timeout: float | None) -> Attempt | None:
         """Wait for the turn of one attempt. ``None``: it goes on without.
 
-        Raises ``Denied``, and ``Unavailable`` and ``RequestRefused`` if the policy is ``closed``.
+        Raises ``Denied``, and ``Unavailable`` and ``RequestRefused`` if the policy is ``closed``; ``UnmappedAccount``,
+        and what the caller's function for a key raises.
         """
         try:
-            return Attempt(self.client.acquire(**self._ask(model, size, timeout)), size, self.seen)
+            attempt = Attempt(self.client.acquire(**self._ask(model, size, timeout)), size, self.seen)
         except RequestRefused as error:
             self._refused(error)
             return None
@@ -77,11 +83,14 @@ class Session:
         except Exception as error:
             unreserved("a reservation", error)
             return None
+        # What goes wrong here is not kept from the caller: the call would be made with the key of another account.
+        attempt.key = self.keys.choose(attempt.grant)
+        return attempt
 
     async def begin_async(self, model: str, size: Size, timeout: float | None) -> Attempt | None:
         """The same."""
         try:
-            return Attempt(await self.async_client.acquire(**self._ask(model, size, timeout)), size, self.seen)
+            attempt = Attempt(await self.async_client.acquire(**self._ask(model, size, timeout)), size, self.seen)
         except RequestRefused as error:
             self._refused(error)
             return None
@@ -90,6 +99,8 @@ class Session:
         except Exception as error:
             unreserved("a reservation", error)
             return None
+        attempt.key = await self.keys.choose_async(attempt.grant)
+        return attempt
 
     def lowered(self, grant: Grant, size: Size) -> int | None:
         """The bound of the output that the call must carry instead of its own. ``None``: its own stands."""
@@ -105,20 +116,23 @@ class Session:
     def _ask(self, model: str, size: Size, timeout: float | None) -> Ask:
         who = current().over(self._labels)
         wait = DEFAULT_MAX_WAIT if who.max_wait is None else who.max_wait
-        ask = Ask(
-            model=model,
+        candidate = Candidate(
+            model,
             input_tokens=size.input_tokens,
             cached_input_tokens=size.cached_tokens,
             max_output_tokens=size.max_output_tokens,
             min_output_tokens=self.min_output_tokens,
+            **self._target,  # type: ignore[arg-type]
+        )
+        named = "account" in self._target or not self.keys
+        return Ask(
+            candidates=[candidate] if named else [replace(candidate, account=each) for each in self.keys.accounts],
             tenant=who.tenant,
             workspace=who.workspace,
             priority=who.priority,
             route=who.route,
             max_wait=wait if timeout is None else min(wait, max(0.0, timeout)),
         )
-        ask.update(self._target)  # type: ignore[typeddict-item]
-        return ask
 
 
 def seconds(timeout: object) -> float | None:

@@ -15,7 +15,7 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, Final, NoReturn
 
 from paceline_client._client import AsyncClient, Client
-from paceline_client._errors import Denied, RequestRefused, Unavailable
+from paceline_client._errors import Denied, RequestRefused, Unavailable, UnmappedAccount
 from paceline_client._model import Priority
 
 try:
@@ -30,8 +30,15 @@ except ImportError as missing:
 
 from paceline_client.hooks._call import Attempt
 from paceline_client.hooks._http import follow, follow_async, was_sent
+from paceline_client.hooks._keys import Bearer, Key
 from paceline_client.hooks._labels import Labels
-from paceline_client.hooks._refused import blank, denial_response, refusal_response, unavailable_response
+from paceline_client.hooks._refused import (
+    blank,
+    denial_response,
+    refusal_response,
+    unavailable_response,
+    unmapped_response,
+)
 from paceline_client.hooks._session import Session, seconds
 from paceline_client.hooks._size import Size, of_messages
 from paceline_client.hooks._trouble import unreserved
@@ -41,11 +48,12 @@ if TYPE_CHECKING:
     from anthropic._middleware import AsyncCallNext, CallNext
     from anthropic._request import APIRequest
 
-__all__ = ["CallDenied", "CoordinatorRefused", "CoordinatorUnavailable", "PacelineMiddleware"]
+__all__ = ["AccountWithoutKey", "CallDenied", "CoordinatorRefused", "CoordinatorUnavailable", "PacelineMiddleware"]
 
 _PATH: Final = "/v1/messages"
 _ELSEWHERE: Final = (":rawPredict", ":streamRawPredict", "/invoke", "/invoke-with-response-stream")
 """How paths end at Vertex and Bedrock."""
+_SECRETS: Final = frozenset({"authorization", "x-api-key"})
 
 log = logging.getLogger("paceline_client")
 
@@ -89,6 +97,18 @@ class CoordinatorRefused(RequestRefused, anthropic.APIStatusError):
         return blank, (type(self), self.args), self.__dict__
 
 
+class AccountWithoutKey(UnmappedAccount, anthropic.APIStatusError):
+    """The call was granted on an account for which ``keys`` has no entry. It was released. No retry."""
+
+    def __init__(self, error: UnmappedAccount, request: httpx2.Request) -> None:
+        response = unmapped_response(error, request)
+        anthropic.APIStatusError.__init__(self, str(error), response=response, body=response.json())
+        self.__dict__.update(error.__dict__)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return blank, (type(self), self.args), self.__dict__
+
+
 class PacelineMiddleware(Middleware):
     """Coordinates each attempt of each call of the Messages API. Other calls pass through untouched.
 
@@ -109,12 +129,16 @@ class PacelineMiddleware(Middleware):
         region: str = "",
         upstream_workspace: str = "",
         min_output_tokens: int | None = None,
+        keys: Mapping[str, Key] | None = None,
     ) -> None:
         """``client``: whose options to use, of either kind; without it one is made from the environment.
 
         ``max_wait`` is how long an attempt waits for its turn, in seconds: 60 unless given, and never longer than the
         request's own time-out. With ``min_output_tokens`` the coordinator may lower ``max_tokens``, down to that.
         :func:`~paceline_client.hooks.labels` overrides the first five for a block of code.
+
+        ``keys`` has an API key, or a function that fetches it, for each account, best first: an attempt goes to the
+        first of them that has room, with its key. With ``account`` only to that one. Not for Vertex and Bedrock.
         """
         self._session = Session(
             client,
@@ -126,8 +150,9 @@ class PacelineMiddleware(Middleware):
                 "upstream_workspace": upstream_workspace,
             },
             min_output_tokens,
+            keys,
         )
-        self._place_is_known = bool(provider or account)
+        self._place_is_known = bool(provider or account or keys)
 
     def handle(self, request: APIRequest, call_next: CallNext) -> APIResponse[Any]:
         """One attempt of the sync client."""
@@ -140,7 +165,7 @@ class PacelineMiddleware(Middleware):
         model, size = asked
         try:
             attempt = session.begin(model, size, seconds(request.timeout))
-        except (Denied, Unavailable, RequestRefused) as error:
+        except (Denied, Unavailable, RequestRefused, UnmappedAccount) as error:
             _refuse(error, request)
         if attempt is None:
             return call_next(request)
@@ -166,7 +191,7 @@ class PacelineMiddleware(Middleware):
         model, size = asked
         try:
             attempt = await session.begin_async(model, size, seconds(request.timeout))
-        except (Denied, Unavailable, RequestRefused) as error:
+        except (Denied, Unavailable, RequestRefused, UnmappedAccount) as error:
             _refuse(error, request)
         if attempt is None:
             return await call_next(request)
@@ -209,6 +234,14 @@ class PacelineMiddleware(Middleware):
             )
 
     def _bounded(self, request: APIRequest, attempt: Attempt, size: Size) -> APIRequest:
+        """With the bound and the key that were granted."""
+        if attempt.key is not None:
+            headers = {name: value for name, value in request.headers.items() if name.lower() not in _SECRETS}
+            key: dict[str, str | anthropic.Omit] = {
+                "Authorization": Bearer(attempt.key),
+                "X-Api-Key": anthropic.Omit(),
+            }
+            request = request.copy(headers={**headers, **key})
         bound = self._session.lowered(attempt.grant, size)
         body = request.json
         if bound is None or not isinstance(body, Mapping):
@@ -237,7 +270,7 @@ def _was_sent(error: BaseException) -> bool:
     return not isinstance(error, anthropic.CredentialsError) and was_sent(error)
 
 
-def _refuse(error: Denied | Unavailable | RequestRefused, request: APIRequest) -> NoReturn:
+def _refuse(error: Denied | Unavailable | RequestRefused | UnmappedAccount, request: APIRequest) -> NoReturn:
     url = request.url if "://" in request.url else f"https://paceline.invalid{request.url}"
     asked = httpx2.Request(request.method.upper(), url)
     # Without the original as a cause, in which the SDK would look for a reason to retry.
@@ -245,4 +278,6 @@ def _refuse(error: Denied | Unavailable | RequestRefused, request: APIRequest) -
         raise CallDenied(error, asked) from None
     if isinstance(error, RequestRefused):
         raise CoordinatorRefused(error, asked) from None
+    if isinstance(error, UnmappedAccount):
+        raise AccountWithoutKey(error, asked) from None
     raise CoordinatorUnavailable(error, asked) from None

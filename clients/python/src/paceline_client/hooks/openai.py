@@ -16,7 +16,7 @@ from collections.abc import Mapping
 from typing import Any, Final, NoReturn
 
 from paceline_client._client import AsyncClient, Client
-from paceline_client._errors import Denied, RequestRefused, Unavailable
+from paceline_client._errors import Denied, RequestRefused, Unavailable, UnmappedAccount
 from paceline_client._model import Priority
 
 try:
@@ -33,13 +33,27 @@ except ImportError as missing:
 
 from paceline_client.hooks._call import Attempt
 from paceline_client.hooks._http import follow, follow_async, was_sent
+from paceline_client.hooks._keys import Key
 from paceline_client.hooks._labels import Labels
-from paceline_client.hooks._refused import blank, denial_response, refusal_response, unavailable_response
+from paceline_client.hooks._refused import (
+    blank,
+    denial_response,
+    refusal_response,
+    unavailable_response,
+    unmapped_response,
+)
 from paceline_client.hooks._session import Session, seconds
 from paceline_client.hooks._size import Size, of_completion, of_embeddings
 from paceline_client.hooks._trouble import unreserved
 
-__all__ = ["CallDenied", "CoordinatorRefused", "CoordinatorUnavailable", "async_http_client", "http_client"]
+__all__ = [
+    "AccountWithoutKey",
+    "CallDenied",
+    "CoordinatorRefused",
+    "CoordinatorUnavailable",
+    "async_http_client",
+    "http_client",
+]
 
 _BOUNDS: Final = ("max_completion_tokens", "max_output_tokens", "max_tokens")
 
@@ -86,6 +100,18 @@ class CoordinatorRefused(RequestRefused, openai.APIStatusError):
         return blank, (type(self), self.args), self.__dict__
 
 
+class AccountWithoutKey(UnmappedAccount, openai.APIStatusError):
+    """The call was granted on an account for which ``keys`` has no entry. It was released. No retry."""
+
+    def __init__(self, error: UnmappedAccount, request: httpx2.Request) -> None:
+        response = unmapped_response(error, request)
+        openai.APIStatusError.__init__(self, str(error), response=response, body=response.json()["error"])
+        self.__dict__.update(error.__dict__)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return blank, (type(self), self.args), self.__dict__
+
+
 class _HttpClient(DefaultHttpxClient):
     """The SDK's own HTTP client, with its time-outs, limits and proxies."""
 
@@ -105,7 +131,7 @@ class _HttpClient(DefaultHttpxClient):
         model, size, body = asked
         try:
             attempt = session.begin(model, size, _timeout(request))
-        except (Denied, Unavailable, RequestRefused) as error:
+        except (Denied, Unavailable, RequestRefused, UnmappedAccount) as error:
             _refuse(error, request)
         if attempt is None:
             return super().send(request, stream=stream, **options)
@@ -137,7 +163,7 @@ class _AsyncHttpClient(DefaultAsyncHttpxClient):
         model, size, body = asked
         try:
             attempt = await session.begin_async(model, size, _timeout(request))
-        except (Denied, Unavailable, RequestRefused) as error:
+        except (Denied, Unavailable, RequestRefused, UnmappedAccount) as error:
             _refuse(error, request)
         if attempt is None:
             return await super().send(request, stream=stream, **options)
@@ -163,6 +189,7 @@ def http_client(
     region: str = "",
     upstream_workspace: str = "",
     min_output_tokens: int | None = None,
+    keys: Mapping[str, Key] | None = None,
     **options: Any,
 ) -> httpx2.Client:
     """An HTTP client for ``OpenAI(http_client=…)`` that coordinates chat completions, responses and embeddings.
@@ -172,8 +199,8 @@ def http_client(
     HTTP client, whose defaults are those of the SDK.
     """
     labels = Labels(tenant, workspace, priority, route, max_wait)
-    target = _target(provider, account, region, upstream_workspace)
-    return _HttpClient(Session(client, labels, target, min_output_tokens), **options)
+    target = _target(provider, account, region, upstream_workspace, keys)
+    return _HttpClient(Session(client, labels, target, min_output_tokens, keys), **options)
 
 
 def async_http_client(
@@ -189,16 +216,19 @@ def async_http_client(
     region: str = "",
     upstream_workspace: str = "",
     min_output_tokens: int | None = None,
+    keys: Mapping[str, Key] | None = None,
     **options: Any,
 ) -> httpx2.AsyncClient:
     """The same for ``AsyncOpenAI(http_client=…)``."""
     labels = Labels(tenant, workspace, priority, route, max_wait)
-    target = _target(provider, account, region, upstream_workspace)
-    return _AsyncHttpClient(Session(client, labels, target, min_output_tokens), **options)
+    target = _target(provider, account, region, upstream_workspace, keys)
+    return _AsyncHttpClient(Session(client, labels, target, min_output_tokens, keys), **options)
 
 
-def _target(provider: str, account: str, region: str, upstream_workspace: str) -> dict[str, str]:
-    if not provider and not account:
+def _target(
+    provider: str, account: str, region: str, upstream_workspace: str, keys: Mapping[str, Key] | None
+) -> dict[str, str]:
+    if not provider and not account and not keys:
         # The server's default is likely to be another. An account has its own.
         provider = "openai"
     return {"provider": provider, "account": account, "region": region, "upstream_workspace": upstream_workspace}
@@ -233,6 +263,13 @@ def _timeout(request: httpx2.Request) -> float | None:
 def _bounded(
     session: Session, request: httpx2.Request, attempt: Attempt, size: Size, body: Mapping[str, Any]
 ) -> httpx2.Request:
+    """With the bound and the key that were granted."""
+    if attempt.key is not None:
+        # Azure has a header of its own.
+        if "api-key" in request.headers:
+            request.headers["api-key"] = attempt.key
+        else:
+            request.headers["authorization"] = f"Bearer {attempt.key}"
     bound = session.lowered(attempt.grant, size)
     if bound is None:
         return request
@@ -248,9 +285,11 @@ def _bounded(
     )
 
 
-def _refuse(error: Denied | Unavailable | RequestRefused, request: httpx2.Request) -> NoReturn:
+def _refuse(error: Denied | Unavailable | RequestRefused | UnmappedAccount, request: httpx2.Request) -> NoReturn:
     if isinstance(error, Denied):
         raise CallDenied(error, request) from None
     if isinstance(error, RequestRefused):
         raise CoordinatorRefused(error, request) from None
+    if isinstance(error, UnmappedAccount):
+        raise AccountWithoutKey(error, request) from None
     raise CoordinatorUnavailable(error, request) from None
