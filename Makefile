@@ -198,3 +198,7 @@ LAB_ARGS ?=
 .PHONY: lab-learning
 lab-learning: env ## what the ledger learns of an upstream, on a virtual clock; writes docs/learning.md (a quarter of an hour)
 	@$(WITH_TOOLS) python -m bench.lab.learning --write $(LAB_ARGS)
+
+.PHONY: lab-fairness
+lab-fairness: env ## how fairly waiters share, on a virtual clock; writes docs/fairness.md (a quarter of an hour)
+	@$(WITH_TOOLS) python -m bench.fairness --write $(LAB_ARGS)

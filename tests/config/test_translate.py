@@ -9,7 +9,17 @@ import yaml
 
 from paceline.config import Config, ConfigError, Shares, catalogue, definitions, expand_ladder, load_config
 from paceline.engine.dimensions import Dimension, Limit, Window
-from paceline.engine.operations import DefineModes, DefinePool, DefineShare, DefineSpend, Mode, Operation
+from paceline.engine.operations import (
+    Class,
+    DefineClasses,
+    DefineModes,
+    DefinePool,
+    DefineShare,
+    DefineSpend,
+    Mode,
+    Operation,
+    Priority,
+)
 from paceline.providers import Target
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -31,7 +41,7 @@ def minute(dimension: Dimension, amount: int, burst: int | None = None) -> Limit
 
 
 def test_an_account_that_is_not_configured_has_shares_and_modes_only(tmp_path: Path) -> None:
-    assert defined("", tmp_path) == [DefineSpend(None), DefineModes(())]
+    assert defined("", tmp_path) == [DefineSpend(None), DefineClasses(()), DefineModes(())]
 
 
 def test_pools_take_overrides_over_the_tier_dimension_by_dimension(tmp_path: Path) -> None:
@@ -117,7 +127,8 @@ shares:
   a:
     cap: {requests: 5}
     monthly_spend_cap: 1
-    shares: {b: {}}
+    shares: {b: {weight: 3, guarantee: {requests: 2}}}
+priorities: {batch: {weight: 2}}
 modes:
   default: observe
   rules:
@@ -128,7 +139,8 @@ modes:
     assert defined(text, tmp_path) == [
         DefineSpend(None),
         DefineShare("a", (minute(Dimension.REQUESTS, 5), Limit(Dimension.SPEND, Window.MONTH, 1_000_000_000))),
-        DefineShare("a/b"),
+        DefineShare("a/b", (), 3, (minute(Dimension.REQUESTS, 2),)),
+        DefineClasses((Class(Priority.BATCH, 2, 50),)),
         DefineModes(
             (
                 ("", "", Mode.OBSERVE),

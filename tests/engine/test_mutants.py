@@ -16,7 +16,7 @@ from hypothesis import HealthCheck, Phase, Verbosity, settings
 from hypothesis.stateful import RuleBasedStateMachine, run_state_machine_as_test
 from msgspec.structs import replace
 
-from paceline.engine import absence, admission, engine, queue, reconcile, reserving
+from paceline.engine import absence, admission, engine, queue, reconcile
 from paceline.engine import events as ev
 from paceline.engine import operations as op
 from paceline.engine.adoption import Adopting
@@ -29,6 +29,7 @@ from paceline.engine.queue import Waiter
 from paceline.engine.reserving import Reserving
 from paceline.engine.settling import Settling
 from paceline.engine.state import State
+from paceline.engine.turns import Turns
 from paceline.engine.waiting import Waiting
 from tests.engine import tally, test_absence, test_adoption, test_interval, test_turns
 from tests.engine.test_adoption import AdoptionMachine
@@ -271,12 +272,12 @@ def a_bulk_grant_is_always_partial(patch: Patch) -> None:
     def count(original: Any, self: Any, option: Any, operation: op.Reserve) -> Any:
         return original(self, option, replace(operation, partial=True))
 
-    wrapped(patch, Reserving, "_count_that_fits", count)
+    wrapped(patch, Reserving, "count_that_fits", count)
 
 
 @mutant(QUEUE)
 def newcomers_overtake(patch: Patch) -> None:
-    patch.setattr(Reserving, "_may_pass", lambda *_: True)
+    patch.setattr(Turns, "may_pass", lambda *_: True)
 
 
 @mutant(QUEUE)
@@ -294,22 +295,28 @@ def nobody_wakes_the_engine(patch: Patch) -> None:
 
 @mutant(QUEUE)
 def the_first_in_line_stops_only_itself(patch: Patch) -> None:
-    patch.setattr(Reserving, "_claims_of_shares", lambda *_: True)
+    def serve_head(original: Any, self: Turns, line: Any, leaf: Any, *rest: Any) -> Any:
+        return original(self, line, leaf, *rest) or leaf
+
+    wrapped(patch, Turns, "_serve_head", serve_head)
 
 
 @mutant(QUEUE)
 def urgency_counts_for_nothing(patch: Patch) -> None:
-    patch.setattr(queue, "_turn", lambda head: head[0].serial)
+    patch.setattr(queue, "CLASSES", tuple(op.Class(priority, 1) for priority in op.Priority))
 
 
 @mutant(QUEUE)
 def what_a_share_waits_for_is_taken(patch: Patch) -> None:
-    patch.setattr(reserving, "_touches", lambda *_: False)
+    def stopped(original: Any, self: Turns, leaf: Any, *rest: Any) -> Any:
+        return None if original(self, leaf, *rest) is None else leaf
+
+    wrapped(patch, Turns, "_stopped_by_share", stopped)
 
 
 @mutant(QUEUE)
 def waiters_are_not_served(patch: Patch) -> None:
-    patch.setattr(Reserving, "_serve_one", lambda *_: False)
+    patch.setattr(Turns, "_serve_line", lambda *_: False)
 
 
 @mutant(BOOKS)
@@ -503,7 +510,6 @@ def the_last_event_counts_and_not_the_lease(patch: Patch) -> None:
 
 @mutant(TURNS)
 def a_waiter_that_comes_back_stands_behind_all(patch: Patch) -> None:
-    patch.setattr(queue, "_turn", lambda head: (head[0].operation.priority, head[0].serial))
     patch.setattr(Waiter, "arrival", property(lambda self: self.serial, lambda self, value: None))
 
 
@@ -516,7 +522,7 @@ def whoever_comes_back_first_goes_first(patch: Patch) -> None:
 def gathering_ends_with_the_first_step(patch: Patch) -> None:
     def begin(original: Any, self: Any, answers: Any) -> None:
         original(self, answers)
-        self._gather_until = min(self._gather_until, self._books.now)
+        self.turns.gather_until = min(self.turns.gather_until, self._books.now)
 
     wrapped(patch, Reserving, "begin", begin)
 

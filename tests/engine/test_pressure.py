@@ -448,7 +448,7 @@ Patch = pytest.MonkeyPatch
 
 
 def nothing_is_held_back(patch: Patch) -> None:
-    patch.setattr(Reserving, "_pressed", lambda *_: False)
+    patch.setattr(Reserving, "pressed", lambda *_: False)
 
 
 def it_never_lapses(patch: Patch) -> None:

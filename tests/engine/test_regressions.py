@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import pytest
+from msgspec import structs
 
 from paceline.engine.accounting import Estimate, Prices, Profile, Rule, Usage, UsageKind
 from paceline.engine.answers import Answer, Committed, Denied, Granted, Reason, Released
@@ -27,6 +28,7 @@ from paceline.engine.operations import (
     Outcome,
     Priority,
     Reading,
+    Refusal,
     Release,
     Renew,
     Reserve,
@@ -56,6 +58,11 @@ class Bench:
     def later(self, seconds: float) -> None:
         self.now += int(seconds * SECOND_US)
         self.do()
+
+    def pass_by(self, seconds: int) -> None:
+        """Tenth by tenth, as an engine that is woken whenever it asks for it."""
+        for _ in range(10 * seconds):
+            self.later(0.1)
 
     def level(self, dimension: Dimension = Dimension.INPUT_TOKENS) -> int:
         """Of the pool (or of the account's money), now."""
@@ -181,6 +188,34 @@ def test_small_calls_of_a_team_do_not_pass_a_large_one_of_it() -> None:
     bench.later(30)
     assert key(2) in bench.engine.state.open
     assert key(3) not in bench.engine.state.open
+
+
+@case
+def a_large_call_is_served_beside_a_stream_of_small_ones() -> None:
+    bench = Bench(amount=600, burst=1_000)
+    bench.do(reserve(1, 1_000))
+    bench.do(reserve(2, 500, wait=900))
+    for number in range(1_200):
+        bench.do(structs.replace(reserve(10 + number, 1, wait=900), tenant="another"))
+    # Ten a second come in, and half of them are for the large one.
+    bench.pass_by(90)
+    assert key(2) not in bench.engine.state.open
+    bench.pass_by(15)
+    assert key(2) in bench.engine.state.open
+    assert sum(1 for each in bench.engine.state.open.values() if each.tenant == "another") > 400
+
+
+@case
+def the_urgent_get_most_and_the_patient_something() -> None:
+    bench = Bench(amount=600, burst=1_000)
+    bench.do(reserve(1, 1_000))
+    for number in range(100):
+        bench.do(reserve(100 + number, 10, wait=900, priority=Priority.BATCH))
+        bench.do(reserve(300 + number, 10, wait=900, priority=Priority.INTERACTIVE))
+    bench.pass_by(60)
+    granted = [each.priority for each in bench.engine.state.open.values()]
+    assert granted.count(Priority.BATCH) in (2, 3, 4)
+    assert granted.count(Priority.INTERACTIVE) >= 56
 
 
 @case
@@ -380,6 +415,21 @@ def a_deadline_is_kept() -> None:
     step = bench.engine.step(bench.now + 60 * SECOND_US, [])
     reasons = [answer.reason for _, answer in step.answers if isinstance(answer, Denied)]
     assert reasons == [Reason.TIMEOUT]
+
+
+@case
+def a_large_call_claims_nothing_while_its_pool_is_shut() -> None:
+    bench = Bench()
+    bench.do(reserve(1, 100))
+    bench.do(reserve(2, 80, wait=300))
+    bench.later(20)
+    shut = Observation((), refusal=Refusal.BUDGET, retry_after_us=30 * SECOND_US)
+    bench.do(Observe(Candidate("pool"), Outcome(Disposition.REJECTED, observation=shut)))
+    until = bench.engine.state.pools["pool"].blocked_until
+    assert until > bench.now
+    # It was woken again and again to set aside a part that it may not take yet.
+    bench.now += SECOND_US
+    assert bench.engine.step(bench.now, []).wake_at == until
 
 
 @pytest.mark.parametrize("check", CASES, ids=lambda check: check.__name__)

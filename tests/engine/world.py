@@ -44,6 +44,7 @@ from paceline.engine.operations import (
 )
 from paceline.engine.sizes import spread_of
 from paceline.engine.state import State
+from paceline.engine.urgent import LEAVE_PART
 from tests.engine import tally
 from tests.engine.model import Address, Books, Call
 
@@ -576,7 +577,8 @@ class World:
         if answer.reason is Reason.POOL_PAUSED:
             assert any(candidate.pool in self.paused for candidate in op.candidates)
             return
-        queued = {lane[0] for waiting in self.waiting.values() for lane in waiting.lanes if lane[2] <= op.priority}
+        # Also the less urgent have a minimum that others leave to them.
+        queued = {lane[0] for waiting in self.waiting.values() for lane in waiting.lanes}
         count = 1 if op.partial else op.count
         too_large = False
         for candidate in op.candidates:
@@ -866,18 +868,11 @@ class World:
         self._check_turns(step, ops)
 
     def _check_turns(self, step: Step, ops: dict[int, Operation]) -> None:
-        """Nobody was overtaken, and who comes first does not wait for what is there.
-
-        The more urgent come first, then those who came first. Those whom only the cap of their own share stops do not
-        stop callers of other shares; what they wait for is theirs.
-        """
+        """Nobody is overtaken by those of the same urgency, shares and tenant, and nobody waits if there is place for
+        all. Who of several tenants is served when is for the laboratory of fairness."""
         levels = {address_of(b): self.level(b) for b in self.state.buckets}
         for waiting in self.waiting.values():
             waiting.options &= self._possible(waiting.op)
-        heads: dict[Lane, Waiting] = {}
-        for waiting in sorted(self.waiting.values(), key=lambda w: w.rank):
-            for lane in waiting.lanes:
-                heads.setdefault(lane, waiting)
         new = [
             (ticket, answer)
             for ticket, answer in step.answers
@@ -899,35 +894,38 @@ class World:
             known = self.grants[context.key]
             rank = (known.op.priority, self.served.get(ticket, ticket))
             lane = (context.pool, context.shares, known.op.priority)
-            used = {a for key in answer.keys for a, held in self.books.calls[key].holds.items() if held}
             for waiting in self.waiting.values():
                 if waiting.rank > rank or waiting.op.waited_us or known.op.waited_us:
                     continue
-                assert lane not in waiting.lanes, f"ticket {ticket} overtook {waiting.order} in {lane}"
-                for other in waiting.lanes:
-                    if other[0] == lane[0] and len(ops) <= 1:
-                        short = self._short(heads[other], other, levels)
-                        theirs = {address for address in short if address[1]}
-                        assert theirs or self._keeps_off(heads[other], other, heads, levels), (
-                            f"overtook {waiting.order} in {lane}"
-                        )
-                        if waiting is heads[other] and not observed:
-                            assert not theirs & used, f"took from {theirs & used} what {waiting.order} waits for"
+                same = waiting.op.tenant == known.op.tenant and lane in waiting.lanes
+                assert not same, f"ticket {ticket} overtook {waiting.order} in {lane}"
         if self.refused or self.wake_at == self.now + 1:
             return
-        for pool in {lane[0] for lane in heads} - self.paused:
-            claimed: set[Address] = set()
-            line = [(waiting, lane) for lane, waiting in heads.items() if lane[0] == pool]
-            for waiting, lane in sorted(line, key=lambda pair: pair[0].rank):
-                if waiting.op.waited_us:
-                    break
-                short = self._short(waiting, lane, levels)
-                keeps_off = all(claimed & used for used in self._uses(waiting, lane))
-                looked_at = any(self.is_looked_at(a) for used in self._uses(waiting, lane) for a in used)
-                assert short or keeps_off or looked_at, f"the first in {lane} waits for what is there"
-                if not keeps_off and not all(share for _, share, _, _ in short):
-                    break
-                claimed |= {address for address in short if address[1]}
+        for pool in {lane[0] for waiting in self.waiting.values() for lane in waiting.lanes} - self.paused:
+            self._check_place(pool, levels)
+
+    def _check_place(self, pool: str, levels: dict[Address, Fraction]) -> None:
+        """Somebody who waits for a pool has no place if all are to have one."""
+        wanted: dict[Address, int] = {}
+        for waiting in self.waiting.values():
+            count = 1 if waiting.op.partial else waiting.op.count
+            mine: dict[Address, int] = {}
+            for index in waiting.options:
+                candidate = waiting.op.candidates[index]
+                if candidate.pool == pool:
+                    for address, amount in self._holds(candidate)[1].items():
+                        needs = amount and self._need(address, amount * count) + self._left_to_urgent(address)
+                        mine[address] = max(mine.get(address, 0), needs)
+            for address, needs in mine.items():
+                wanted[address] = wanted.get(address, 0) + needs
+        if any(self.is_looked_at(address) for address in wanted):
+            return
+        short = [address for address, needs in wanted.items() if needs > levels[address]]
+        assert short, f"all who wait in {pool} could be served: {wanted} of {levels}"
+
+    def _left_to_urgent(self, address: Address) -> int:
+        """Others leave at most so much of a limit to the urgent."""
+        return next(b.burst for b in self.state.buckets if address_of(b) == address) // LEAVE_PART
 
     def is_looked_at(self, address: Address) -> bool:
         """Whether this limit is admitted to over horizons, by what its open calls will produce: the laboratory of
@@ -935,39 +933,9 @@ class World:
         outlook = self.engine._books.outlook
         return self.state.addresses.get(address) in outlook.demands
 
-    def _uses(self, waiting: Waiting, lane: Lane) -> list[set[Address]]:
-        """What each candidate of this lane would use."""
-        return [
-            {a for a, held in self._holds(waiting.op.candidates[index])[1].items() if held}
-            for index in waiting.options
-            if lane_of(waiting.op, index) == lane
-        ]
-
-    def _keeps_off(
-        self, waiting: Waiting, lane: Lane, heads: dict[Lane, Waiting], levels: dict[Address, Fraction]
-    ) -> bool:
-        """Whether somebody before this one waits for the share of a bucket that it would use."""
-        before = [(other, head) for other, head in heads.items() if other[0] == lane[0] and head.rank < waiting.rank]
-        claimed = {a for other, head in before for a in self._short(head, other, levels) if a[1]}
-        return all(claimed & used for used in self._uses(waiting, lane))
-
     def _need(self, address: Address, amount: int) -> int:
         """The level at which this much may go: under a reading some more, for the upstream's estimate may be larger."""
         bucket = next(b for b in self.state.buckets if address_of(b) == address)
         return max(
             amount, min(bucket.burst, amount + bucket.margin(amount, 0, spread_of(self.state.learned, bucket.pool)))
         )
-
-    def _short(self, waiting: Waiting, lane: Lane, levels: dict[Address, Fraction]) -> list[Address]:
-        """In which buckets a waiter's every candidate of this lane has no room."""
-        count = 1 if waiting.op.partial else waiting.op.count
-        found: list[Address] = []
-        for index in waiting.options:
-            candidate = waiting.op.candidates[index]
-            if lane_of(waiting.op, index) == lane:
-                holds = self._holds(candidate)[1]
-                short = [a for a, amount in holds.items() if amount and levels[a] < self._need(a, amount * count)]
-                if not short:
-                    return []
-                found += short
-        return found

@@ -9,8 +9,9 @@ import pytest
 
 from bench.lab.closed_loop import Figures, Setting, run
 from paceline.engine.bucket import Bucket
-from paceline.engine.reserving import Reserving
+from paceline.engine.operations import Class, Priority
 from paceline.engine.teaching import Teacher
+from paceline.engine.urgent import Urgent
 
 SEEDS = range(101, 104)
 
@@ -51,18 +52,26 @@ def test_the_same_seed_is_the_same_run() -> None:
 # -- what makes the difference ---------------------------------------------------------------------------------------
 
 
+@pytest.fixture
+def nothing_is_left(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is left to the urgent is a margin of its own."""
+    monkeypatch.setattr(Urgent, "kept", lambda *_: 0)
+
+
+@pytest.mark.usefixtures("nothing_is_left")
 def test_wide_bounds_alone_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(Teacher, "_follow", lambda *_: None)
     assert run(short(101)).refused_per_1000 > 50
 
 
+@pytest.mark.usefixtures("nothing_is_left")
 def test_without_a_margin_it_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(Bucket, "margin", lambda *_: 0)
     assert run(short(101)).refused_per_1000 > 50
 
 
-def test_without_priorities_the_urgent_wait_as_long_as_the_patient(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("paceline.engine.queue._turn", lambda head: head[0].serial)
-    monkeypatch.setattr(Reserving, "_may_pass", lambda self, option, _: option.pool not in self.waiting.lines)
+@pytest.mark.usefixtures("nothing_is_left")
+def test_with_priorities_upside_down_the_urgent_wait(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("paceline.engine.queue.CLASSES", (Class(Priority.INTERACTIVE, 1), Class(Priority.BATCH, 64)))
     figures = run(short(101))
     assert figures.wait("chat", 0.50) > 1

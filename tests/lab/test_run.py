@@ -79,7 +79,7 @@ def test_in_a_silence_nobody_begins_a_call() -> None:
 @pytest.mark.parametrize("what", ["limit", "burst", "level", "block"])
 def test_what_is_planted_is_believed(what: str) -> None:
     run = Run(small(events=(Event(20.0, "plant", what=what),), sample_s=0.05)).go()
-    before, after = run.between(19.0, 20.0)[-1], next(one for one in run.samples if one.at > 20.0)
+    before, after = run.between(19.0, 20.0)[-1], next(one for one in run.samples if one.at >= 20.0)
     assert {
         "limit": after.limit < before.limit,
         "burst": after.burst < before.burst,

@@ -10,7 +10,7 @@ from urllib.parse import urlsplit
 from paceline.config.model import AccountSpec, Config, PoolSpec, ShareSpec
 from paceline.config.translate import account_provider, catalogue, expand_ladder
 from paceline.config.wording import did_you_mean
-from paceline.engine.dimensions import SECOND_US, Dimension
+from paceline.engine.dimensions import SECOND_US, Dimension, Window
 from paceline.providers.catalogue import Catalogue, Path, endpoint_pools, pool_key
 from paceline.providers.patterns import bare_model
 from paceline.providers.schema import Limits, ProviderSpec
@@ -52,10 +52,9 @@ def notes(config: Config) -> Problems:
             yield ("accounts", name, "tier"), "publishes no limits; cautious ones hold until headers tell"
     for names, shares in config.walk_shares():
         path = share_path(names)
-        if "weight" in shares[-1].model_fields_set:
-            yield (*path, "weight"), "has no effect in this version"
-        if any(True for _ in shares[-1].guarantee.items()):
-            yield (*path, "guarantee"), "has no effect in this version"
+        for limits in shares[-1].guarantee.limits().values():
+            if any(limit.window is not Window.MINUTE for limit in limits):
+                yield (*path, "guarantee"), "has an effect by the minute only; say what it gets in a minute"
     for name, candidates in config.ladders.items():
         for index, candidate in enumerate(candidates):
             if candidate.ladder is None and not known.knows(candidate.target):

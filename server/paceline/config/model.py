@@ -28,6 +28,7 @@ from paceline.engine.dimensions import SECOND_US, UNLIMITED
 from paceline.providers.catalogue import Target, packaged
 from paceline.providers.schema import CatalogueSpec, Count, Limits, Strict, Text, Usd, merge, usd
 
+PriorityName = Literal["interactive", "standard", "batch"]
 ModeName = Literal["enforce", "observe"]
 Role = Literal["call", "teach", "admin"]
 Cap = Annotated[
@@ -95,6 +96,15 @@ class ShareSpec(Strict):
     """Tenants whose calls count here; `*` stands for any characters."""
     shares: dict[Label, ShareSpec] = Field(default_factory=dict)
     """Shares of this share."""
+
+
+class PrioritySpec(Strict):
+    """What the calls of one priority get of each pool."""
+
+    weight: Annotated[int, Field(strict=True, ge=1, le=1_000_000)] | None = None
+    """Of what is contended, against the other priorities. Usual: interactive 64, standard 8, batch 1."""
+    minimum: Annotated[float, Field(ge=0.0, le=0.5)] | None = None
+    """Part of every limit that they get whenever they ask. Usual: standard and batch 0.05."""
 
 
 class CandidateSpec(Strict):
@@ -205,6 +215,7 @@ class Config(Strict):
     defaults: Defaults = Defaults()
     accounts: dict[Label, AccountSpec] = Field(default_factory=dict)
     shares: dict[Label, ShareSpec] = Field(default_factory=dict)
+    priorities: dict[PriorityName, PrioritySpec] = Field(default_factory=dict)
     ladders: dict[Label, tuple[CandidateSpec, ...]] = Field(default_factory=dict)
     """Named lists of candidates, best first."""
     modes: ModesSpec = ModesSpec()

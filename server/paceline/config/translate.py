@@ -4,13 +4,29 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from functools import lru_cache
+from typing import Final
 
-from paceline.config.model import AccountSpec, CandidateSpec, Config, ModeName, PoolSpec
+from paceline.config.model import AccountSpec, CandidateSpec, Config, ModeName, PoolSpec, PriorityName
 from paceline.engine.dimensions import UNLIMITED, Dimension, Limit, Window
-from paceline.engine.operations import DefineModes, DefineShare, DefineSpend, Mode, Operation
+from paceline.engine.operations import (
+    CLASSES,
+    Class,
+    DefineClasses,
+    DefineModes,
+    DefineShare,
+    DefineSpend,
+    Mode,
+    Operation,
+    Priority,
+)
 from paceline.providers.catalogue import AccountSetup, Catalogue, PoolSetup, Unknown, WorkspaceSetup
 from paceline.providers.patterns import Patterns
 
+PRIORITIES: Final[Mapping[Priority, PriorityName]] = {
+    Priority.INTERACTIVE: "interactive",
+    Priority.STANDARD: "standard",
+    Priority.BATCH: "batch",
+}
 MODES: Mapping[ModeName, Mode] = {"enforce": Mode.ENFORCE, "observe": Mode.OBSERVE}
 
 
@@ -45,9 +61,22 @@ def definitions(config: Config, known: Catalogue, account: str) -> list[Operatio
         caps = [limit for dimension in sorted(limits) for limit in limits[dimension]]
         if shares[-1].monthly_spend_cap is not None:
             caps.append(Limit(Dimension.SPEND, Window.MONTH, shares[-1].monthly_spend_cap))
-        operations.append(DefineShare("/".join(names), tuple(caps)))
+        promised = shares[-1].guarantee.limits()
+        guarantees = [each for dimension in sorted(promised) for each in promised[dimension]]
+        by_minute = tuple(each for each in guarantees if each.window is Window.MINUTE)
+        operations.append(DefineShare("/".join(names), tuple(caps), shares[-1].weight, by_minute))
+    operations.append(DefineClasses(tuple(_classes(config))))
     operations.append(DefineModes(tuple(_modes(config, known, account))))
     return operations
+
+
+def _classes(config: Config) -> Iterator[Class]:
+    for usual in CLASSES:
+        spec = config.priorities.get(PRIORITIES[usual.priority])
+        if spec is not None:
+            weight = usual.weight if spec.weight is None else spec.weight
+            minimum = usual.minimum if spec.minimum is None else round(spec.minimum * 1_000)
+            yield Class(usual.priority, weight, minimum)
 
 
 def _modes(config: Config, known: Catalogue, account: str) -> Iterator[tuple[str, str, Mode]]:

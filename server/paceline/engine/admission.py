@@ -9,7 +9,8 @@ import msgspec
 from paceline.engine.answers import Reason
 from paceline.engine.books import Books
 from paceline.engine.bucket import ESTIMATED, Bucket
-from paceline.engine.dimensions import Dimension, Window
+from paceline.engine.dimensions import WINDOW_US, Dimension, Window
+from paceline.engine.operations import Priority
 from paceline.engine.queue import Option
 from paceline.engine.sizes import spread_of
 
@@ -47,7 +48,8 @@ def fits(books: Books, option: Option) -> bool:
         if not hold:
             continue
         bucket = buckets[number]
-        easy = number not in demands and bucket.level >= need_of(books, bucket, option, hold, 1)
+        need = need_of(books, bucket, option, hold, 1)
+        easy = number not in demands and bucket.level - kept(books, number, option, need) >= need
         if not easy and missing(books, number, option, hold, 1) > 0:
             return False
     return True
@@ -69,7 +71,16 @@ def missing(books: Books, number: int, option: Option, hold: int, count: int) ->
     bucket = books.state.buckets[number]
     level = bucket.level + bucket.refill(books.now)[0]
     need = need_of(books, bucket, option, hold, count)
-    return need - _usable(books, number, option, level, need, hold, count)
+    return need - _usable(books, number, option, level, need, hold, count) + kept(books, number, option, need)
+
+
+def kept(books: Books, number: int, option: Option, need: int) -> int:
+    """What is set aside in a bucket for others; nothing that would make a lone call impossible which needs ``need``."""
+    claims, urgent = books.claims, books.urgent
+    found = claims.others(number, option) if claims else 0
+    if urgent and number in urgent and option.priority is not Priority.INTERACTIVE and not option.entitled:
+        found += max(0, min(urgent[number].kept(books.now), books.state.buckets[number].burst - need))
+    return found
 
 
 def _usable(books: Books, number: int, option: Option, level: int, need: int, hold: int, count: int) -> int:
@@ -85,8 +96,9 @@ def room(books: Books, option: Option, most: int) -> int:
         if not hold or not most:
             continue
         bucket = books.state.buckets[number]
-        if books.outlook.watches(number, bucket):
-            # Of what is charged as it is produced more may fit than is left net of all holds.
+        if books.outlook.watches(number, bucket) or books.claims or number in books.urgent:
+            # Of what is charged as it is produced more may fit than is left net of all holds. What is left to others
+            # depends on what is asked for.
             least, beyond = 0, most + 1
             while beyond - least > 1:
                 middle = (least + beyond) // 2
@@ -110,8 +122,9 @@ def is_too_large(books: Books, number: int, need: int) -> bool:
     return not bucket.burst or (need > bucket.burst and not books.outlook.watches(number, bucket))
 
 
-def judge(books: Books, number: int, option: Option, hold: int, count: int, ahead: int) -> Verdict:
-    """The verdict of one bucket on ``count`` calls that hold ``hold`` each, with ``ahead`` wanted by those before."""
+def judge(books: Books, number: int, option: Option, hold: int, count: int, ahead: int, sure: int = 0) -> Verdict:
+    """The verdict of one bucket on ``count`` calls that hold ``hold`` each, with ``ahead`` wanted by those before, of
+    which ``sure`` is certain."""
     bucket, now = books.state.buckets[number], books.now
     dimension = bucket.dimension
     if not hold:
@@ -129,9 +142,10 @@ def judge(books: Books, number: int, option: Option, hold: int, count: int, ahea
     # What open calls hold may come back: of money, of gauges, and of output, which is held as estimated. Requests and
     # input are charged as they are held, near enough.
     wait = bucket.wait_us(left, carry, now)
-    hope = wait
+    hope = wait if sure >= ahead else bucket.wait_us(min(0, left + ahead - sure), carry, now)
     if bucket.window in (Window.NONE, Window.MONTH) or dimension is Dimension.OUTPUT_TOKENS:
-        optimistic = level - need + bucket.held
+        # Of what is not by time, those before may give back as well what they are about to take.
+        optimistic = level - need + bucket.held - (sure if bucket.window in WINDOW_US else 0)
         hope = bucket.wait_us(optimistic, carry, now) if optimistic < 0 else 0
     if bucket.window is Window.MONTH and need + ahead > bucket.burst - bucket.held:
         # Open calls are taken along into the next month: what they hold is missing there until they end.

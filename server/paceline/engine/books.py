@@ -14,9 +14,11 @@ from paceline.engine import operations as op
 from paceline.engine.bucket import Bucket
 from paceline.engine.dimensions import UNLIMITED, Dimension, Limit, Window
 from paceline.engine.outlook import Outlook
+from paceline.engine.queue import Claims
 from paceline.engine.recipe import Recipe
 from paceline.engine.state import State
 from paceline.engine.trail import Trail
+from paceline.engine.urgent import Urgent
 
 MAX_PLANS = 16_384
 FORESEEN_PART = 256
@@ -62,6 +64,10 @@ class Books:
         self._touched: dict[tuple[int, ...], an.Touched] = {}
         self._trails: dict[int, Trail | None] = {}
         self.outlook = Outlook(state)
+        self.claims = Claims()
+        """What is set aside for large calls that wait."""
+        self.urgent: dict[int, Urgent] = {}
+        """What urgent calls take of the limits that others wait for, by bucket."""
 
     def begin(self, now: int) -> None:
         """Start a step at ``now``; time never goes back."""

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+import msgspec
+
 from paceline.engine import answers as an
 from paceline.engine import events as ev
 from paceline.engine import operations as op
@@ -12,6 +14,7 @@ from paceline.engine.books import FULL, Books
 from paceline.engine.bucket import Bucket
 from paceline.engine.dimensions import UNLIMITED, WINDOW_US, Dimension, Limit, Window
 from paceline.engine.pressure import Pressure
+from paceline.engine.state import Share
 
 
 class Definitions:
@@ -37,6 +40,8 @@ class Definitions:
             return self._set_mode(operation)
         if isinstance(operation, op.DefineModes):
             return self._configure_modes(operation)
+        if isinstance(operation, op.DefineClasses):
+            return self._classes(operation)
         if isinstance(operation, op.SetPaused):
             return self._pause(operation)
         raise TypeError(f"not an operation: {type(operation).__name__}")
@@ -66,9 +71,10 @@ class Definitions:
         share = state.shares.get(operation.share)
         if share is None and len(state.shares) >= self._books.caps.shares:
             return an.Invalid("share", f"the ledger has its most shares ({self._books.caps.shares})", full=True)
-        if share is not None and share.caps == operation.caps:
+        told = Share(operation.share, operation.caps, operation.weight, operation.guarantees)
+        if share == told:
             return an.Done()
-        self._books.emit(ev.ShareDefined(operation.share, operation.caps))
+        self._books.emit(ev.ShareDefined(*msgspec.structs.astuple(told)))
         self._books.defined()
         caps = {(cap.dimension, cap.window): cap for cap in operation.caps}
         for number, bucket in enumerate(state.buckets):
@@ -76,6 +82,12 @@ class Definitions:
             if bucket.share == operation.share and cap is not None:
                 self._configure(number, cap)
         self._lift_others(lambda bucket: bucket.share == operation.share, operation.caps)
+        return an.Done()
+
+    def _classes(self, operation: op.DefineClasses) -> Answer:
+        if operation.classes != self._state.classes:
+            self._books.emit(ev.ClassesDefined(operation.classes))
+            self._books.defined()
         return an.Done()
 
     def _override(self, operation: op.SetLimit) -> Answer:

@@ -108,7 +108,7 @@ class Engine:
                 answers.append((ticket, self._adopting.adopt(operation)))
             else:
                 answers.append((ticket, self._definitions.define(operation)))
-        reserving.serve()
+        reserving.turns.serve()
         for expires_at, key in reserving.granted:
             settling.watch(expires_at, key)
         settling.forget()
@@ -117,12 +117,12 @@ class Engine:
 
     def waiting(self) -> dict[str, int]:
         """Number of waiters by pool; one that waits for several pools counts in each."""
-        return {pool: len(line) for pool, line in self._reserving.waiting.lines.items()}
+        return {pool: len(line) for pool, line in self._reserving.waiting.lines.items() if len(line)}
 
     def waiters(self) -> Waiters:
         """Those that wait, to look at."""
         return Waiters(self._reserving.waiting)
 
     def _wake_at(self) -> int | None:
-        times = [at for at in (self._reserving.wake_at(), self._settling.wake_at()) if at is not None]
+        times = [at for at in (self._reserving.turns.wake_at(), self._settling.wake_at()) if at is not None]
         return max(self._books.now + 1, min(times)) if times else None

@@ -13,7 +13,7 @@ import msgspec
 from paceline.engine.accounting import Prices, Profile, Sizes
 from paceline.engine.bucket import Constraint
 from paceline.engine.dimensions import Dimension, Limit, Window
-from paceline.engine.operations import Mode, Priority
+from paceline.engine.operations import Class, Mode, Priority
 from paceline.engine.pressure import Pressure
 
 
@@ -56,6 +56,14 @@ class BucketAdded(msgspec.Struct, frozen=True, array_like=True, tag="bkt", gc=Fa
 class ShareDefined(msgspec.Struct, frozen=True, array_like=True, tag="share", gc=False):
     share: str
     caps: tuple[Limit, ...]
+    weight: int = 1
+    guarantees: tuple[Limit, ...] = ()
+
+
+class ClassesDefined(msgspec.Struct, frozen=True, array_like=True, tag="class", gc=False):
+    """What each priority gets; those that are left out have their defaults."""
+
+    classes: tuple[Class, ...]
 
 
 class LimitMoved(msgspec.Struct, frozen=True, array_like=True, tag="lim", gc=False):
@@ -274,6 +282,7 @@ Event = (
     | PoolDefined
     | BucketAdded
     | ShareDefined
+    | ClassesDefined
     | LimitMoved
     | LimitClaimed
     | Granted

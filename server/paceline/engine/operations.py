@@ -259,10 +259,35 @@ class DefinePool(msgspec.Struct, frozen=True, tag=True, gc=False):
 
 
 class DefineShare(msgspec.Struct, frozen=True, tag=True, gc=False):
-    """Create or change a share: caps per dimension in each pool; a ``SPEND`` cap holds over all pools."""
+    """Create or change a share: caps per dimension in each pool; a ``SPEND`` cap holds over all pools.
+
+    ``weight``: what it gets of what is contended, against its sisters; zero: what none of them wants. ``guarantees``:
+    by the minute, in each pool, what it gets whenever it asks, over all priorities; lent while it does not.
+    """
 
     share: str
     caps: tuple[Limit, ...] = ()
+    weight: int = 1
+    guarantees: tuple[Limit, ...] = ()
+
+
+class Class(msgspec.Struct, frozen=True, array_like=True, gc=False):
+    """What calls of one priority get of each pool: by ``weight`` of what is contended, and ``minimum`` thousandths of
+    every limit whenever they ask."""
+
+    priority: Priority
+    weight: int
+    minimum: int = 0
+
+
+CLASSES = (Class(Priority.INTERACTIVE, 64), Class(Priority.STANDARD, 8, 50), Class(Priority.BATCH, 1, 50))
+"""Unless the configuration says otherwise."""
+
+
+class DefineClasses(msgspec.Struct, frozen=True, tag=True, gc=False):
+    """Set what each priority gets. One that is left out has its default."""
+
+    classes: tuple[Class, ...] = ()
 
 
 class DefineSpend(msgspec.Struct, frozen=True, tag=True, gc=False):
@@ -313,6 +338,7 @@ Operation = (
     | Adopt
     | DefinePool
     | DefineShare
+    | DefineClasses
     | DefineSpend
     | SetLimit
     | SetMode

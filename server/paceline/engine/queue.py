@@ -1,24 +1,61 @@
-"""Who is next. The seam of the queue discipline: today the more urgent first, then who has waited longest.
+"""The line of one pool: who waits there, in what order, and what those who wait for much have been set aside already.
 
-A discipline keeps the waiters of one pool in the order of their turns. It knows nothing of levels: the engine asks for
-the heads, and serves or leaves them. Waiters of different priorities and shares stand in lanes of their own, so that
-the urgent never stand behind the patient, and those whom only the cap of their own share stops do not stop the others.
+Those of one priority, path of shares and tenant stand behind each other by arrival, in a leaf of the line's tree
+(:mod:`~paceline.engine.fair`), which says whose turn it is. A call that takes more than a moment's refill is served by
+pieces: each time that its leaf has its turn, as much as a tenth of a second brings is set aside for it, its *claim*, so
+that a huge call keeps out nobody for longer than that, and still gets all that its leaf is entitled to.
+
+A line knows nothing of levels: :mod:`~paceline.engine.turns` serves it.
 """
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator
+from collections.abc import Iterator, Sequence
 from heapq import heapify, heappop, heappush
+from typing import NamedTuple, cast
 
 import msgspec
 
 from paceline.engine.accounting import Sizes
-from paceline.engine.operations import Priority, Reserve
+from paceline.engine.bucket import Bucket
+from paceline.engine.dimensions import SECOND_US, UNLIMITED, WINDOW_US
+from paceline.engine.fair import LENT_US, Cost, Costs, Node, Promise, Tree
+from paceline.engine.operations import CLASSES, Class, Priority, Reserve
 from paceline.engine.recipe import Recipe
 from paceline.engine.sizes import Kind
+from paceline.engine.state import Share
+
+PIECE_SECONDS = 0.1
+"""Of refill, that a large call is served at a time."""
+LINGER_US = 10 * SECOND_US
+"""A line is remembered for so long after the last has left: who had how much."""
+SURE = 0.8
+"""Part of what others have before a newcomer that it has to wait for, whoever gives up and whatever comes back."""
+MAX_IDLE = 4_096
+"""Leaves of which nobody waits, kept for what they have had; about 500 bytes each."""
+_SPARE = 256
+"""Places of those that left, kept beyond as many as wait, before they are swept."""
 
 
-class Option(msgspec.Struct, eq=False, gc=False):
+class Claim(NamedTuple):
+    """What is set aside of a bucket. Those that are more urgent may take it, and leave it to be made up for by refill,
+    but for what is ``firm``."""
+
+    amount: int
+    firm: int
+
+
+class Ahead(NamedTuple):
+    """What comes before a newcomer, and what of it is certain."""
+
+    amount: int
+    sure: int
+
+
+NOTHING = Ahead(0, 0)
+
+
+class Option(msgspec.Struct, eq=False):
     """One candidate of a waiter: its place in the request, its pool, and what it would hold in which buckets."""
 
     index: int
@@ -34,137 +71,348 @@ class Option(msgspec.Struct, eq=False, gc=False):
     """Of what kind the call is, for what is learned of sizes."""
     margin: int = 0
     """What must be left beside the hold where the upstream lets a call in by an estimate of its own."""
+    priority: Priority = Priority.STANDARD
     open: bool = True
     """Whether it may still serve its waiter."""
+    costs: Costs = ()
+    portion: float = 0.0
+    """How much of it was served, into its claim."""
+    firm: float = 0.0
+    """How much of that while more urgent ones waited."""
+    entitled: bool = False
+    """Whether its turn comes although more urgent ones wait: nothing need be left to others of them."""
+    claim: dict[int, Claim] = {}
+    """What is set aside for it, by bucket."""
+
+
+class Claims:
+    """All claims of a ledger."""
+
+    __slots__ = ("_of",)
+
+    def __init__(self) -> None:
+        self._of: dict[int, dict[int, Option]] = {}
+        """Those with a claim, by bucket and ``id``; few."""
+
+    def __bool__(self) -> bool:
+        return bool(self._of)
+
+    def keep(self, option: Option) -> None:
+        """Take an option's claim into account."""
+        for number in option.claim:
+            self._of.setdefault(number, {})[id(option)] = option
+
+    def drop(self, option: Option) -> None:
+        """It has none any more."""
+        for number in option.claim:
+            of = self._of[number]
+            del of[id(option)]
+            if not of:
+                del self._of[number]
+
+    def others(self, number: int, option: Option) -> int:
+        """What claims keep an option off."""
+        return sum(
+            claim.firm if option.priority < each.priority else claim.amount
+            for each in self._of.get(number, {}).values()
+            if each is not option and (claim := each.claim[number])
+        )
 
 
 class Waiter:
     """A Reserve that waits in the lines of all its options; ``tickets`` are all callers that sent it.
 
     ``deadline`` is the latest that any of them has given. ``arrival`` is when the wait began, elsewhere maybe: what it
-    was there before ``since`` counts.
+    was there before ``since`` counts. ``expected_by``: it will have had its turn by then.
     """
 
-    __slots__ = ("arrival", "deadline", "operation", "options", "serial", "since", "tickets", "waiting")
+    __slots__ = (
+        "arrival",
+        "deadline",
+        "expected_by",
+        "operation",
+        "options",
+        "serial",
+        "since",
+        "tickets",
+        "waiting",
+    )
 
     def __init__(self, operation: Reserve, options: tuple[Option, ...], ticket: int, since: int, serial: int) -> None:
         self.operation = operation
         self.options = options
         self.tickets = [ticket]
         self.since = self.deadline = since
+        self.expected_by: int | None = None
         self.arrival = since - operation.waited_us
         self.serial = serial
         self.waiting = True
 
 
-LaneKey = tuple[Priority, tuple[str, ...]]
-"""A priority and a path of shares."""
-
-
-_SPARE = 256
-"""Places of those that left, kept beyond as many as wait, before they are swept."""
-
 _Place = tuple[int, int, int, Waiter, Option]
 """Arrival, serial, index of the option: no two are equal."""
 
 
-class _Lane:
-    """Waiters of one key: a heap by arrival. Those that left are dropped at the head."""
+class Leaf(Node):
+    """Those of one priority, path of shares and tenant: a heap by arrival. Those that left are dropped at the head."""
 
-    __slots__ = ("line", "size", "wanted")
+    __slots__ = ("places", "size")
 
-    def __init__(self) -> None:
-        self.line: list[_Place] = []
-        self.wanted: dict[int, int] = {}
+    def __init__(self, node: Node) -> None:
+        super().__init__(node.parent, node.key, node.serial, node.weight)
+        self.places: list[_Place] = []
         self.size = 0
 
-    def want(self, option: Option, sign: int) -> None:
-        """Count what an option would hold: all of its calls, if they come together."""
-        for number, hold in zip(option.buckets, option.holds, strict=True):
-            self.wanted[number] = self.wanted.get(number, 0) + sign * hold * option.count
-
-    def head(self) -> tuple[Waiter, Option] | None:
-        line = self.line
-        while line:
-            _, _, _, waiter, option = line[0]
-            if option.open:
-                return waiter, option
-            heappop(line)
-        return None
+    def head(self) -> tuple[Waiter, Option]:
+        """The first; somebody waits."""
+        places = self.places
+        while not places[0][4].open:
+            heappop(places)
+        return places[0][3], places[0][4]
 
 
-class StrictPriority:
-    """The waiters of one pool: by priority, then in the order of arrival."""
+LeafKey = tuple[Priority, tuple[str, ...], str]
+"""A priority, a path of shares and a tenant."""
 
-    def __init__(self) -> None:
-        self._lanes: dict[LaneKey, _Lane] = {}
+
+class Line:
+    """The waiters of one pool."""
+
+    def __init__(self, pool: str, claims: Claims) -> None:
+        """``claims``: those of all lines."""
+        self.tree = Tree()
+        self.claims = claims
+        self.claimants: dict[int, Option] = {}
+        """Those with a claim, by ``id``, the one that began first to claim before the others."""
+        self.stopped: list[Node] = []
+        """Nodes whose own caps stopped them when the line was served last."""
+        self.empty_since = 0
+        self._pool = pool
+        self._leaves: dict[LeafKey, Leaf] = {}
         self._size = 0
+        self._waiting = 0
+        """Leaves of which somebody waits."""
+        self._laid_out: tuple[Sequence[Bucket], dict[str, Share], tuple[Class, ...]] = ([], {}, ())
 
     def __len__(self) -> int:
         return self._size
 
     def __iter__(self) -> Iterator[Waiter]:
         """All that wait, in no order; one with several options here comes up once for each."""
-        return (waiter for lane in self._lanes.values() for _, _, _, waiter, option in lane.line if option.open)
+        return (place[3] for leaf in self._leaves.values() for place in leaf.places if place[4].open)
 
-    def push(self, waiter: Waiter, option: Option) -> None:
-        """Stand behind all of the same lane that began to wait before."""
-        key = lane_of(waiter, option)
-        lane = self._lanes.get(key)
-        if lane is None:
-            lane = self._lanes[key] = _Lane()
-        heappush(lane.line, (waiter.arrival, waiter.serial, option.index, waiter, option))
-        lane.size += 1
+    # -- who gets how much ------------------------------------------------------------------------------------------
+
+    def lay_out(self, buckets: Sequence[Bucket], shares: dict[str, Share], classes: tuple[Class, ...]) -> None:
+        """Weights and promises as they are defined now; those of nodes that are there change with them."""
+        self._laid_out = (buckets, shares, classes)
+        self.tree.promises.clear()
+        for key, leaf in self._leaves.items():
+            self._weigh(key, leaf)
+
+    def _weigh(self, key: LeafKey, leaf: Leaf) -> None:
+        _, shares, classes = self._laid_out
+        priority, path, _ = key
+        node = leaf.parent
+        for name in reversed(path):
+            share = shares.get(name)
+            node.reweigh(1 if share is None else share.weight)
+            self._promise(node, name, self._amounts(share))
+            node = node.parent
+        found = next(each for each in (*classes, *CLASSES) if each.priority is priority)
+        node.reweigh(found.weight)
+        self._promise(node, priority, {}, found.minimum / 1_000)
+
+    def _amounts(self, share: Share | None) -> dict[int, int]:
+        amounts = {} if share is None else {each.dimension: each.amount for each in share.guarantees}
+        return {
+            number: amounts[bucket.dimension]
+            for number, bucket in (enumerate(self._laid_out[0]) if amounts else ())
+            if bucket.pool == self._pool and not bucket.share and amounts.get(bucket.dimension)
+        }
+
+    def _promise(self, node: Node, key: object, amounts: dict[int, int], part: float = 0.0) -> None:
+        """Priorities and shares have one promise each, wherever in the tree they are."""
+        promise = self.tree.promises.get(key)
+        if not amounts and not part:
+            found = None
+        else:
+            found = self.tree.promises.setdefault(key, Promise(amounts, part)) if promise is None else promise
+        if node.promise is not found:
+            node.promise = found
+            if found is not None and node.active:
+                found.nodes.append(node)
+
+    def leaf(self, key: LeafKey) -> Leaf:
+        """The place of a key; made when it is first asked for."""
+        leaf = self._leaves.get(key)
+        if leaf is None:
+            if len(self._leaves) - self._waiting >= MAX_IDLE:
+                self._sweep()
+            priority, path, tenant = key
+            node = self.tree.child(self.tree.root, priority, serial=-len(Priority) + priority)
+            for name in path:
+                node = self.tree.child(node, name)
+            leaf = Leaf(self.tree.child(node, (tenant,)))
+            node.children[leaf.key] = leaf
+            self._leaves[key] = leaf
+            self._weigh(key, leaf)
+        return leaf
+
+    def _sweep(self) -> None:
+        """Forget what those had of whom nobody waits."""
+        for key, leaf in list(self._leaves.items()):
+            if not leaf.size:
+                del self._leaves[key]
+                for node in list(leaf.path()):
+                    if not node.active and not node.children:
+                        del node.parent.children[node.key]
+
+    def first(self, now: int) -> Leaf | None:
+        """The leaf whose turn is next; of those not set aside."""
+        return cast("Leaf | None", self.tree.first(now))
+
+    # -- who waits --------------------------------------------------------------------------------------------------
+
+    def push(self, waiter: Waiter, option: Option, now: int) -> None:
+        """Stand behind all of the same leaf that began to wait before."""
+        leaf = self.leaf(leaf_key(waiter.operation, option))
+        heappush(leaf.places, (waiter.arrival, waiter.serial, option.index, waiter, option))
+        leaf.size += 1
         self._size += 1
-        lane.want(option, 1)
+        if leaf.size == 1:
+            self._waiting += 1
+            self.tree.enter(leaf, now)
+        self.want(leaf, option, 1)
 
-    def left(self, waiter: Waiter, option: Option) -> None:
+    def left(self, waiter: Waiter, option: Option, now: int, *, served: bool = False) -> None:
         """An option was served, denied or withdrawn."""
+        leaf = self.leaf(leaf_key(waiter.operation, option))
+        if served:
+            self.tree.charge(leaf, option.costs, 1.0 - option.portion, now)
+        elif option.portion:
+            self.tree.charge(leaf, option.costs, -option.portion, now)
+        self._unclaim(option)
+        self.want(leaf, option, -1)
         option.open = False
-        key = lane_of(waiter, option)
-        lane = self._lanes[key]
-        lane.size -= 1
+        leaf.size -= 1
         self._size -= 1
-        if not lane.size:
-            del self._lanes[key]
-            return
-        lane.want(option, -1)
-        if len(lane.line) > 2 * lane.size + _SPARE:
-            lane.line = [place for place in lane.line if place[4].open]
-            heapify(lane.line)
+        if not leaf.size:
+            leaf.places.clear()
+            self.tree.leave(leaf)
+            self._waiting -= 1
+            self.empty_since = now
+        elif len(leaf.places) > 2 * leaf.size + _SPARE:
+            leaf.places = [place for place in leaf.places if place[4].open]
+            heapify(leaf.places)
 
     def refit(
-        self, waiter: Waiter, option: Option, buckets: tuple[int, ...], holds: tuple[int, ...], recipe: Recipe
+        self, waiter: Waiter, option: Option, buckets: tuple[int, ...], holds: tuple[int, ...], recipe: Recipe, now: int
     ) -> None:
         """Definitions changed: a waiter would hold something else now."""
-        lane = self._lanes[lane_of(waiter, option)]
-        lane.want(option, -1)
+        leaf = self.leaf(leaf_key(waiter.operation, option))
+        if option.portion:
+            self.tree.charge(leaf, option.costs, -option.portion, now)
+        self._unclaim(option)
+        self.want(leaf, option, -1)
         option.buckets, option.holds, option.recipe = buckets, holds, recipe
-        lane.want(option, 1)
+        option.costs = costs_of(self._laid_out[0], option)
+        self.want(leaf, option, 1)
 
-    def heads(self, least: Priority = Priority.BATCH) -> list[tuple[Waiter, Option]]:
-        """The first of each lane, in the order of their turns; of this priority and of more urgent ones."""
-        heads = [head for key, lane in self._lanes.items() if key[0] <= least and (head := lane.head()) is not None]
-        if len(heads) > 1:
-            heads.sort(key=_turn)
-        return heads
+    def want(self, leaf: Leaf, option: Option, sign: int) -> None:
+        """Count what an option would hold: all of its calls, if they come together."""
+        for node in leaf.path():
+            wanted = node.wanted
+            for number, hold in zip(option.buckets, option.holds, strict=True):
+                if hold:
+                    wanted[number] = wanted.get(number, 0) + sign * hold * option.count
 
-    def waits(self, key: LaneKey) -> bool:
-        """Whether anybody of this lane waits."""
-        return key in self._lanes
+    # -- claims -----------------------------------------------------------------------------------------------------
 
-    def wanted(self, number: int, least: Priority, besides: Collection[LaneKey] = ()) -> int:
-        """What those of this priority and of more urgent ones want of the bucket ``number``, besides these lanes."""
-        return sum(
-            lane.wanted.get(number, 0) for key, lane in self._lanes.items() if key[0] <= least and key not in besides
-        )
+    def set_aside(self, waiter: Waiter, option: Option, portion: float, amounts: dict[int, int], now: int) -> None:
+        """A piece of a large call was served."""
+        more = portion - option.portion
+        self.tree.charge(self.leaf(leaf_key(waiter.operation, option)), option.costs, more, now)
+        if self.more_urgent_wait(option.priority):
+            option.firm += more
+        self.claims.drop(option)
+        option.portion = portion
+        option.claim = {
+            number: Claim(amount, int(amount * option.firm / portion)) for number, amount in amounts.items()
+        }
+        self.claimants.setdefault(id(option), option)
+        self.claims.keep(option)
+
+    def more_urgent_wait(self, priority: Priority) -> bool:
+        """Whether others wait who are more urgent, and not stopped by their own caps."""
+        classes = self.tree.root.children.items()
+        return any(node.active and not node.stopped for key, node in classes if cast("Priority", key) < priority)
+
+    def _unclaim(self, option: Option) -> None:
+        self.claims.drop(option)
+        option.claim, option.portion, option.firm = {}, 0.0, 0.0
+        self.claimants.pop(id(option), None)
+
+    # -- what comes before ------------------------------------------------------------------------------------------
+
+    def ahead(self, key: LeafKey, option: Option) -> dict[int, Ahead]:
+        """What will be served of those that wait now before a newcomer is, by bucket.
+
+        From the leaf up: what of each sister comes before the tag that the newcomer's branch will have when it is
+        served.
+        """
+        leaf = self.leaf(key)
+        amounts = {number: float(wanted) for number, wanted in leaf.wanted.items()}
+        costs = {cost.number: cost.seconds / max(1, cost.amount) for cost in option.costs}
+        own = {cost.number: float(cost.amount) for cost in option.costs}
+        for node in leaf.path():
+            parent = node.parent
+            work = max((costs[number] * (amounts.get(number, 0.0) + own[number]) for number in costs), default=0.0)
+            finish = node.start() + work / node.weight
+            for sister in parent.children.values():
+                if sister is node or not sister.active or sister.stopped:
+                    continue
+                backlog = max((costs[number] * sister.wanted.get(number, 0) for number in costs), default=0.0)
+                before = (finish - sister.tag) * sister.weight
+                if before > 0 and backlog > 0:
+                    part = min(1.0, before / backlog)
+                    for number, wanted in sister.wanted.items():
+                        amounts[number] = amounts.get(number, 0.0) + wanted * part
+        own_leaf = leaf.wanted
+        return {
+            number: Ahead(int(amount), int(amount * SURE + own_leaf.get(number, 0) * (1 - SURE)))
+            for number, amount in amounts.items()
+        }
+
+    def worst(self, key: LeafKey, seconds: float) -> float:
+        """How long a leaf waits at most for so much service, in seconds of refill, if all come back that came lately.
+
+        Each sister may be served until its tag is what the leaf's will be then, and one piece more.
+        """
+        for node in self.leaf(key).path():
+            finish = node.start() + seconds / node.weight
+            total = seconds
+            for sister in node.parent.children.values():
+                if sister is not node:
+                    total += max(0.0, finish - sister.start()) * sister.weight + 2 * PIECE_SECONDS
+            part = 0.0 if node.promise is None else node.promise.part
+            seconds = min(total, seconds / part + LENT_US / SECOND_US) if part else total
+        promised = sum(promise.part for promise in self.tree.promises.values())
+        return seconds / max(0.1, 1.0 - promised)
 
 
-def lane_of(waiter: Waiter, option: Option) -> LaneKey:
-    """Where a waiter stands for one of its options."""
-    return waiter.operation.priority, option.shares
+def leaf_key(operation: Reserve, option: Option) -> LeafKey:
+    """Where one stands for one of its options."""
+    return operation.priority, option.shares, operation.tenant
 
 
-def _turn(head: tuple[Waiter, Option]) -> tuple[Priority, int, int]:
-    waiter = head[0]
-    return waiter.operation.priority, waiter.arrival, waiter.serial
+def costs_of(buckets: Sequence[Bucket], option: Option) -> Costs:
+    """What serving an option takes of its pool's limits that refill."""
+    found = []
+    for number, hold in zip(option.buckets, option.holds, strict=True):
+        bucket = buckets[number]
+        window = WINDOW_US.get(bucket.window)
+        if hold and window is not None and bucket.pool and not bucket.share and 0 < bucket.amount < UNLIMITED:
+            amount = hold * option.count
+            found.append(Cost(number, amount * window / bucket.amount / SECOND_US, amount))
+    return tuple(found)

@@ -6,8 +6,6 @@ first turn. One that cannot have its turn in time is denied at once, with the ti
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 from paceline.engine import admission
 from paceline.engine import answers as an
 from paceline.engine import events as ev
@@ -20,14 +18,14 @@ from paceline.engine.books import Books
 from paceline.engine.bucket import EndKind
 from paceline.engine.dimensions import BUDGETS, Dimension
 from paceline.engine.keys import child_keys
-from paceline.engine.operations import Mode, Priority
-from paceline.engine.outside import HALVES_US
-from paceline.engine.queue import LaneKey, Option, Waiter, lane_of
+from paceline.engine.operations import Mode
+from paceline.engine.queue import NOTHING, Option, Waiter
 from paceline.engine.recipe import Recipe
 from paceline.engine.sizes import fill
 from paceline.engine.state import Ended
 from paceline.engine.stats import Stats
 from paceline.engine.teaching import Teacher
+from paceline.engine.turns import Turns
 from paceline.engine.waiting import Waiting
 
 NOTHING_TOUCHED = an.Touched(None, ())
@@ -41,16 +39,15 @@ class Reserving:
         self._teacher = teacher
         self._stats = stats
         self._hindsight = stats.hindsight
-        self.waiting = Waiting(books.caps)
-        self._laid_out = books.generation
+        self.waiting = Waiting(books)
+        self.turns = Turns(books, teacher, self.waiting, self)
         self.answers: list[tuple[int, Answer]] = []
         self.granted: list[tuple[int, str]] = []
         """(expiry, key) of what this step granted."""
-        self._gather_until = 0
 
     def gather(self, until: int) -> None:
         """Until then let all wait that are willing to: those that come back have not all come."""
-        self._gather_until = until
+        self.turns.gather_until = until
 
     def begin(self, answers: list[tuple[int, Answer]]) -> None:
         """Start a step."""
@@ -87,7 +84,17 @@ class Reserving:
                 holds = self._possible(holds, numbers, recipe, pool.profile, candidate)
             together = 1 if operation.partial else operation.count
             option = Option(
-                index, candidate.pool, candidate.shares, numbers, holds, sizes, recipe, together, kind, margin
+                index,
+                candidate.pool,
+                candidate.shares,
+                numbers,
+                holds,
+                sizes,
+                recipe,
+                together,
+                kind,
+                margin,
+                operation.priority,
             )
             if self._fits_now(option, operation):
                 observed = self._is_observed(candidate.pool, operation)
@@ -96,6 +103,7 @@ class Reserving:
                     continue
                 if not observed or self._hindsight.shadow.allows(numbers, holds):
                     self._grant(operation, option, [ticket], 0, an.Would() if observed else None)
+                    self.turns.passed(option, operation)
                     return
             options.append(option)
         if options:
@@ -125,7 +133,7 @@ class Reserving:
 
         One that waited elsewhere is served at the end of the step: of those that come with it, any may be before it.
         """
-        coming_back = operation.waited_us > 0 or self._books.now < self._gather_until
+        coming_back = operation.waited_us > 0 or self._books.now < self.turns.gather_until
         return coming_back and operation.max_wait_us > 0 and not self.waiting.is_full(operation.tenant)
 
     def _wait_or_deny(self, ticket: int, operation: op.Reserve, options: list[Option]) -> None:
@@ -141,7 +149,7 @@ class Reserving:
             self._deny(ticket, Reason.QUEUE_FULL, option, operation, verdict)
         else:
             possible = [one for one, found in zip(options, verdicts, strict=True) if not found.final]
-            self.waiting.add(ticket, operation, tuple(possible), self._books.now)
+            self.turns.expect(self.waiting.add(ticket, operation, tuple(possible)))
 
     def _seen_before(self, ticket: int, operation: op.Reserve) -> bool:
         """Answer a Reserve whose id is known: once granted, always that grant."""
@@ -200,55 +208,15 @@ class Reserving:
     def _fits_now(self, option: Option, operation: op.Reserve) -> bool:
         """Whether it may pass at once: nobody is before it, and every dimension has room."""
         pool = self._books.state.pools[option.pool]
-        if pool.paused or pool.blocked_until > self._books.now or not self._may_pass(option, operation.priority):
+        if pool.paused or pool.blocked_until > self._books.now or not self.turns.may_pass(option, operation):
             return False
-        if pool.pressure is not None and self._pressed(option.pool, operation):
+        if pool.pressure is not None and self.pressed(option.pool, operation):
             return False
         if operation.count == 1:
             return admission.fits(self._books, option)
-        return self._count_that_fits(option, operation) > 0
+        return self.count_that_fits(option, operation) > 0
 
-    def _may_pass(self, option: Option, priority: Priority) -> bool:
-        """Whether nobody whose turn comes first waits for anything that this option would use."""
-        line = self.waiting.lines.get(option.pool)
-        if line is None:
-            return True
-        if line.waits((priority, option.shares)):
-            return False
-        claimed: set[int] = set()
-        for waiter, head in line.heads(priority):
-            if not self._claims_of_shares(waiter, [head], claimed):
-                return False
-        return not _touches(option, claimed)
-
-    def _claims_of_shares(self, waiter: Waiter, options: Sequence[Option], claimed: set[int]) -> bool:
-        """Whether only shares stop the first of a lane: the pool itself has room for it.
-
-        Then the shares' buckets that it waits for are added to ``claimed``: those behind it keep off them, or small
-        calls would pass a large one for ever. What is claimed already stops it, too.
-        """
-        state, now = self._books.state, self._books.now
-        operation = waiter.operation
-        pool = state.pools[options[0].pool]
-        if pool.blocked_until > now or (pool.pressure is not None and self._pressed(pool.name, operation)):
-            return False
-        count = 1 if operation.partial else operation.count
-        short: set[int] = set()
-        for option in options:
-            stopped = _touches(option, claimed)
-            for number, hold in zip(option.buckets, option.holds, strict=True):
-                if hold and admission.missing(self._books, number, option, hold, count) > 0:
-                    if state.buckets[number].share:
-                        stopped = True
-                        short.add(number)
-                    elif not stopped:
-                        return False
-            if not stopped:
-                return False
-        claimed |= short
-        return True
-
-    def _count_that_fits(self, option: Option, operation: op.Reserve) -> int:
+    def count_that_fits(self, option: Option, operation: op.Reserve) -> int:
         room = admission.room(self._books, option, operation.count)
         held = self._books.state.pools[option.pool].pressure
         if held is not None:
@@ -256,7 +224,7 @@ class Reserving:
             room = room if most is None else min(room, most)
         return room if operation.partial or room >= operation.count else 0
 
-    def _pressed(self, name: str, operation: op.Reserve) -> bool:
+    def pressed(self, name: str, operation: op.Reserve) -> bool:
         """Whether the upstream is so pressed that the call may not pass, whatever is left of the limits."""
         state = self._books.state
         held = state.pools[name].pressure
@@ -289,33 +257,24 @@ class Reserving:
         if blocked and pool.closed:
             return Verdict(None, 0, Reason.POOL_CLOSED, None, final=True)
         count = 1 if operation.partial else operation.count
-        line = self.waiting.lines.get(option.pool)
-        priority = operation.priority
-        aside: set[LaneKey] = set()
-        if line is not None:
-            claimed: set[int] = set()
-            for waiter, head in line.heads(priority):
-                lane = lane_of(waiter, head)
-                if self._claims_of_shares(waiter, [head], claimed) and lane != (priority, option.shares):
-                    aside.add(lane)
+        ahead = self.turns.ahead(option, operation)
         verdicts = [Verdict(blocked, blocked, Reason.BLOCKED, None)] if blocked else []
         pressed = None if pool.pressure is None else self._judge_pressure(option.pool, count)
         if pressed is not None:
             verdicts.append(pressed)
         for number, hold in zip(option.buckets, option.holds, strict=True):
             self._teacher.lapse(number, now)
-            bucket = state.buckets[number]
-            # Those whom their share stops leave the pool to others, but not what they wait for.
-            ahead = 0 if line is None else line.wanted(number, priority, () if bucket.share else aside)
+            before, sure = ahead.get(number, NOTHING)
             if hindsight:
-                ahead -= self._hindsight.shadow.more(number)
-            verdicts.append(admission.judge(self._books, number, option, hold, count, ahead))
+                more = self._hindsight.shadow.more(number)
+                before, sure = before - more, sure - more
+            verdicts.append(admission.judge(self._books, number, option, hold, count, before, sure))
         return admission.worst(verdicts)
 
     def _is_observed(self, pool: str, operation: op.Reserve) -> bool:
-        return operation.observed or self._observing(pool, operation.tenant)
+        return operation.observed or self.observing(pool, operation.tenant)
 
-    def _observing(self, pool: str, tenant: str) -> bool:
+    def observing(self, pool: str, tenant: str) -> bool:
         modes = self._books.state.modes
         if modes:
             for address in ((pool, tenant), ("", tenant), (pool, ""), ("", "")):
@@ -333,7 +292,7 @@ class Reserving:
         keys: tuple[str, ...] = (operation.key,)
         if operation.count > 1:
             # Observing grants all that was asked for, whatever fits.
-            count = self._count_that_fits(option, operation) if would is None else operation.count
+            count = self.count_that_fits(option, operation) if would is None else operation.count
             keys = child_keys(operation.key, operation.count)[:count]
         asked = operation.candidates[option.index]
         most = asked.estimate.max_output_tokens
@@ -427,61 +386,14 @@ class Reserving:
         for ticket in waiter.tickets:
             self.answers.append((ticket, an.Denied(Reason.RELEASED, option.pool, None, None, touched)))
 
-    def serve(self) -> None:
-        """Give their turn to all whose time has come, and deny all whose deadline has, until nothing moves."""
-        if self._laid_out != self._books.generation:
-            self._laid_out = self._books.generation
-            self.waiting.refit(self._books)
-        if self._books.now < self._gather_until:
-            self._time_out()
-            return
-        moved = bool(self.waiting.lines)
-        while moved:
-            moved = False
-            for pool in list(self.waiting.lines):
-                while self._serve_one(pool):
-                    moved = True
-            moved = self._time_out() or moved
+    # -- what turns ask for -----------------------------------------------------------------------------------------
 
-    def _serve_one(self, pool: str) -> bool:
-        """Grant or deny the first of a line whose turn it is; false if nobody's is."""
-        line = self.waiting.lines.get(pool)
-        claimed: set[int] = set()
-        for waiter, head in line.heads() if line is not None else ():
-            options = _in_lane_of(waiter, head)
-            if any(self._serve_head(waiter, option, claimed) for option in options):
-                return True
-            if not self._claims_of_shares(waiter, options, claimed):
-                return False
-        return False
+    def grant(self, waiter: Waiter, option: Option, would: an.Would | None) -> None:
+        """Its turn has come."""
+        self.waiting.leave(waiter, option)
+        self._grant(waiter.operation, option, waiter.tickets, self._books.now - waiter.since, would)
 
-    def _serve_head(self, waiter: Waiter, option: Option, claimed: set[int]) -> bool:
-        """Grant or deny the head of a lane; false: it waits on. It keeps off what is ``claimed`` by those before it."""
-        state, now, operation = self._books.state, self._books.now, waiter.operation
-        pool = state.pools[option.pool]
-        if pool.blocked_until > now and not pool.closed and not pool.paused:
-            return False
-        count = 1 if operation.partial else operation.count
-        hopeless = any(
-            hold and admission.is_too_large(self._books, number, state.buckets[number].need(hold, count))
-            for number, hold in zip(option.buckets, option.holds, strict=True)
-        )
-        if hopeless or pool.paused or pool.blocked_until > now:
-            self._drop(waiter, option)
-            return True
-        for number in option.buckets:
-            if state.buckets[number].outside:
-                self._teacher.lapse(number, now)
-        would = an.Would() if self._observing(option.pool, operation.tenant) else None
-        if would is None and (_touches(option, claimed) or self._count_that_fits(option, operation) == 0):
-            return False
-        if len(state.open) + operation.count > self._books.caps.open:
-            return False
-        self.waiting.leave(waiter)
-        self._grant(operation, option, waiter.tickets, now - waiter.since, would)
-        return True
-
-    def _drop(self, waiter: Waiter, option: Option) -> None:
+    def drop(self, waiter: Waiter, option: Option) -> None:
         """This option can serve the waiter no more; deny when none is left."""
         verdict = self._judge(option, waiter.operation)
         if not self.waiting.drop(waiter, option):
@@ -489,63 +401,15 @@ class Reserving:
             for ticket in waiter.tickets:
                 self._deny(ticket, verdict.reason, option, waiter.operation, verdict)
 
-    def _time_out(self) -> bool:
-        """Deny callers whose deadline has come; whether a waiter left its lines by that."""
-        left = False
-        for waiter, ticket in self.waiting.due(self._books.now):
-            waiter.tickets.remove(ticket)
-            if not waiter.tickets:
-                self.waiting.leave(waiter)
-                left = True
-            verdict = self._judge(waiter.options[0], waiter.operation)
-            overloaded = verdict.reason is Reason.BLOCKED and self._pressed(waiter.options[0].pool, waiter.operation)
-            reason = Reason.BLOCKED if overloaded else Reason.TIMEOUT
-            self._deny(ticket, reason, waiter.options[0], waiter.operation, verdict)
-        return left
-
-    def wake_at(self) -> int | None:
-        """When a deadline comes or somebody's turn, if nothing is given back before."""
-        deadline = self.waiting.next_deadline()
-        times = [] if deadline is None else [deadline]
-        if self._books.now < self._gather_until:
-            return min([*times, self._gather_until]) if times else None
-        for pool, line in self.waiting.lines.items():
-            claimed: set[int] = set()
-            held = self._books.state.pools[pool].pressure
-            if held is not None:
-                # The limits that climb will be higher then.
-                times += [ramp.next_at for ramp in held.ramps]
-            for waiter, head in line.heads():
-                if len(self._books.state.open) + waiter.operation.count > self._books.caps.open:
-                    # Not a matter of time: the next call that ends brings a step of its own.
-                    break
-                options = _in_lane_of(waiter, head)
-                turns = [self._turn(waiter, option) for option in options if not _touches(option, claimed)]
-                times += [turn for turn in turns if turn is not None]
-                if not self._claims_of_shares(waiter, options, claimed):
-                    break
-        return min(times, default=None)
-
-    def _turn(self, waiter: Waiter, option: Option) -> int | None:
-        """When the levels will have risen enough; ``None``: no time can be said."""
-        state, now = self._books.state, self._books.now
-        count = 1 if waiter.operation.partial else waiter.operation.count
-        pool = state.pools[option.pool]
-        turn = pool.blocked_until
-        if pool.pressure is not None and self._pressed(option.pool, waiter.operation):
-            turn = max(turn, pr.room_at(pool.pressure, len(state.open_in[option.pool]), now, count))
-        for number, hold in zip(option.buckets, option.holds, strict=True):
-            missing = admission.missing(self._books, number, option, hold, count) if hold else 0
-            if missing > 0:
-                bucket = state.buckets[number]
-                wait = bucket.wait_us(-missing, bucket.refill(now)[1], now)
-                if wait is None:
-                    return None
-                if bucket.outside:
-                    # What nothing confirms decays meanwhile.
-                    wait = min(wait, HALVES_US)
-                turn = max(turn, now + max(wait, self._books.outlook.least_wait_us(number)))
-        return turn
+    def time_out(self, waiter: Waiter, ticket: int) -> None:
+        """A caller's deadline has come."""
+        waiter.tickets.remove(ticket)
+        if not waiter.tickets:
+            self.waiting.leave(waiter)
+        verdict = self._judge(waiter.options[0], waiter.operation)
+        overloaded = verdict.reason is Reason.BLOCKED and self.pressed(waiter.options[0].pool, waiter.operation)
+        reason = Reason.BLOCKED if overloaded else Reason.TIMEOUT
+        self._deny(ticket, reason, waiter.options[0], waiter.operation, verdict)
 
 
 def _would(operation: op.Reserve, verdict: Verdict) -> an.Would:
@@ -560,20 +424,6 @@ def _would(operation: op.Reserve, verdict: Verdict) -> an.Would:
     if verdict.final or most <= 0 or hope > most:
         return an.Would(verdict.reason, 0, verdict.binding)
     return an.Would(None, most if wait is None else min(wait, most), verdict.binding)
-
-
-def _touches(option: Option, claimed: set[int]) -> bool:
-    """Whether an option would use any of these buckets."""
-    return bool(claimed) and any(
-        hold and number in claimed for number, hold in zip(option.buckets, option.holds, strict=True)
-    )
-
-
-def _in_lane_of(waiter: Waiter, head: Option) -> list[Option]:
-    """The options of the first in a lane that stand in that lane: they differ in size only, and share its turn."""
-    if len(waiter.options) == 1:
-        return [head]
-    return [option for option in waiter.options if option.pool == head.pool and option.shares == head.shares]
 
 
 def _was_granted(ended: Ended) -> bool:

@@ -93,6 +93,7 @@ class Settling:
         coming, going = _stated(outcome)
         books.emit(ev.Settled(reservation.key, charged.amounts, forfeits, charged.overs, charged.cost, coming, going))
         self._stats.settled(reservation.pool, outcome)
+        self._reserving.turns.settled(reservation, charged.amounts)
         self._hindsight.settled(
             reservation.key,
             reservation.pool,

@@ -19,7 +19,7 @@ from paceline.engine.bucket import Bucket, EndKind
 from paceline.engine.calendar import next_month
 from paceline.engine.dimensions import Dimension, Limit, Window
 from paceline.engine.endings import Endings
-from paceline.engine.operations import Mode, Priority
+from paceline.engine.operations import Class, Mode, Priority
 from paceline.engine.outside import MOST
 from paceline.engine.pressure import Pressure
 from paceline.engine.sizes import Kind, Kinds, Learned, note, sample
@@ -103,6 +103,8 @@ class Pool(msgspec.Struct, array_like=True):
 class Share(msgspec.Struct, array_like=True, frozen=True):
     name: str
     caps: tuple[Limit, ...]
+    weight: int = 1
+    guarantees: tuple[Limit, ...] = ()
 
 
 class Head(msgspec.Struct, array_like=True):
@@ -118,6 +120,7 @@ class Head(msgspec.Struct, array_like=True):
     shares: list[Share]
     modes: list[tuple[str, str, Mode]]
     configured_modes: list[tuple[str, str, Mode]]
+    classes: tuple[Class, ...] = ()
 
 
 class OpenChunk(msgspec.Struct, array_like=True, tag="open"):
@@ -161,6 +164,8 @@ class State:
         """Numbers of buckets by pool, share, dimension and window."""
         self.pools: dict[str, Pool] = {}
         self.shares: dict[str, Share] = {}
+        self.classes: tuple[Class, ...] = ()
+        """What the configuration says of priorities."""
         self.modes: dict[tuple[str, str], Mode] = {}
         """Those in force, by pool and tenant."""
         self.configured_modes: dict[tuple[str, str], Mode] = {}
@@ -176,6 +181,7 @@ class State:
             ev.PoolDefined: self._pool_defined,
             ev.BucketAdded: self._bucket_added,
             ev.ShareDefined: self._share_defined,
+            ev.ClassesDefined: self._classes_defined,
             ev.LimitMoved: self._limit_moved,
             ev.LimitClaimed: self._limit_claimed,
             ev.LimitConfirmed: self._limit_confirmed,
@@ -229,6 +235,7 @@ class State:
                 list(self.shares.values()),
                 [(pool, tenant, mode) for (pool, tenant), mode in self.modes.items()],
                 [(pool, tenant, mode) for (pool, tenant), mode in self.configured_modes.items()],
+                self.classes,
             )
         )
         opened, ended = list(self.open.values()), self.ended.frozen()
@@ -262,6 +269,7 @@ class State:
             state.pools = {pool.name: pool for pool in head.pools}
             state.open_in = {pool.name: {} for pool in head.pools}
             state.shares = {share.name: share for share in head.shares}
+            state.classes = head.classes
             state.modes = {(pool, tenant): mode for pool, tenant, mode in head.modes}
             state.configured_modes = {(pool, tenant): mode for pool, tenant, mode in head.configured_modes}
             for data in source:
@@ -331,7 +339,10 @@ class State:
             self.pools[event.pool].buckets.append(number)
 
     def _share_defined(self, event: ev.ShareDefined) -> None:
-        self.shares[event.share] = Share(event.share, event.caps)
+        self.shares[event.share] = Share(event.share, event.caps, event.weight, event.guarantees)
+
+    def _classes_defined(self, event: ev.ClassesDefined) -> None:
+        self.classes = event.classes
 
     def _limit_moved(self, event: ev.LimitMoved) -> None:
         bucket = self.buckets[event.bucket]

@@ -8,9 +8,9 @@ from heapq import heapify, heappop, heappush
 import msgspec
 
 from paceline.engine.accounting import Sizes
-from paceline.engine.books import Books, Caps
+from paceline.engine.books import Books
 from paceline.engine.operations import Priority, Reserve
-from paceline.engine.queue import Option, StrictPriority, Waiter
+from paceline.engine.queue import Line, Option, Waiter, costs_of
 
 _SPARE = 1_024
 """Deadlines of waiters that left, kept beyond as many as wait, before they are swept."""
@@ -34,6 +34,8 @@ class Pending(msgspec.Struct, frozen=True):
     deadline: int
     ordinal: int
     """Grows with every arrival."""
+    expected_by: int | None = None
+    """When it will have had its turn, if it gets no more than what it is entitled to."""
 
 
 class Queued(msgspec.Struct, frozen=True):
@@ -46,10 +48,11 @@ class Queued(msgspec.Struct, frozen=True):
 class Waiting:
     """The waiters of one ledger."""
 
-    def __init__(self, caps: Caps) -> None:
-        self.lines: dict[str, StrictPriority] = {}
-        """The lines that are not empty, by pool."""
-        self._caps = caps
+    def __init__(self, books: Books) -> None:
+        self.lines: dict[str, Line] = {}
+        """By pool; those that are empty go when they have been so for long."""
+        self._books = books
+        self._caps = books.caps
         self._waiters: dict[str, Waiter] = {}
         self._of_tenant: dict[str, int] = {}
         self._deadlines: list[tuple[int, int, int, Waiter]] = []
@@ -73,15 +76,22 @@ class Waiting:
         of_tenant = self._of_tenant.get(tenant, 0)
         return len(self._waiters) >= self._caps.waiters or of_tenant >= self._caps.waiters_per_tenant
 
-    def add(self, ticket: int, operation: Reserve, options: tuple[Option, ...], now: int) -> None:
+    def add(self, ticket: int, operation: Reserve, options: tuple[Option, ...]) -> Waiter:
         """Let a Reserve wait, for at most its ``max_wait_us``."""
+        now, state = self._books.now, self._books.state
         self._serial += 1
         waiter = Waiter(operation, options, ticket, now, self._serial)
         self._waiters[operation.key] = waiter
         self._of_tenant[operation.tenant] = self._of_tenant.get(operation.tenant, 0) + 1
         for option in options:
-            self.lines.setdefault(option.pool, StrictPriority()).push(waiter, option)
+            line = self.lines.get(option.pool)
+            if line is None:
+                line = self.lines[option.pool] = Line(option.pool, self._books.claims)
+                line.lay_out(state.buckets, state.shares, state.classes)
+            option.costs = costs_of(state.buckets, option)
+            line.push(waiter, option, now)
         self._watch(waiter, ticket, now + operation.max_wait_us)
+        return waiter
 
     def join(self, ticket: int, operation: Reserve, now: int) -> int | None:
         """A waiting Reserve was sent again: both callers get its answer, each within its own wait.
@@ -93,8 +103,8 @@ class Waiting:
         self._watch(waiter, ticket, now + max(0, operation.max_wait_us))
         return waiter.tickets.pop(0) if len(waiter.tickets) > self._caps.tickets_per_waiter else None
 
-    def leave(self, waiter: Waiter) -> None:
-        """Take a waiter out of all its lines."""
+    def leave(self, waiter: Waiter, served: Option | None = None) -> None:
+        """Take a waiter out of all its lines; ``served``: this option had its turn."""
         waiter.waiting = False
         del self._waiters[waiter.operation.key]
         tenant = waiter.operation.tenant
@@ -102,18 +112,27 @@ class Waiting:
         if not self._of_tenant[tenant]:
             del self._of_tenant[tenant]
         for option in waiter.options:
-            self._leave_line(waiter, option)
+            self.lines[option.pool].left(waiter, option, self._books.now, served=option is served)
 
     def drop(self, waiter: Waiter, option: Option) -> bool:
         """Take a waiter out of one of its lines; false if it is its last."""
         if len(waiter.options) == 1:
             return False
         waiter.options = tuple(other for other in waiter.options if other is not option)
-        self._leave_line(waiter, option)
+        self.lines[option.pool].left(waiter, option, self._books.now)
         return True
 
-    def refit(self, books: Books) -> None:
+    def forget(self, pool: str) -> None:
+        """A line that has been empty for long."""
+        del self.lines[pool]
+        for number in self._books.state.pools[pool].buckets:
+            self._books.urgent.pop(number, None)
+
+    def refit(self) -> None:
         """Definitions changed: lay out anew what each waiter would hold."""
+        books = self._books
+        for line in self.lines.values():
+            line.lay_out(books.state.buckets, books.state.shares, books.state.classes)
         for waiter in self._waiters.values():
             for option in waiter.options:
                 numbers = books.plan(option.pool, option.shares)
@@ -122,7 +141,7 @@ class Waiting:
                 recipe = books.recipe(option.pool, numbers)
                 prices = waiter.operation.candidates[option.index].prices
                 holds = recipe.holds(option.sizes, prices)
-                self.lines[option.pool].refit(waiter, option, numbers, holds, recipe)
+                self.lines[option.pool].refit(waiter, option, numbers, holds, recipe, books.now)
 
     def due(self, now: int) -> Iterator[tuple[Waiter, int]]:
         """Waiters and tickets whose deadline has come; each is handed out once."""
@@ -138,12 +157,6 @@ class Waiting:
         while deadlines and not deadlines[0][3].waiting:
             heappop(deadlines)
         return deadlines[0][0] if deadlines else None
-
-    def _leave_line(self, waiter: Waiter, option: Option) -> None:
-        line = self.lines[option.pool]
-        line.left(waiter, option)
-        if not len(line):
-            del self.lines[option.pool]
 
     def _watch(self, waiter: Waiter, ticket: int, deadline: int) -> None:
         self._serial += 1
@@ -192,6 +205,7 @@ def _pending(waiter: Waiter) -> Pending:
         _since(waiter),
         waiter.deadline,
         waiter.serial,
+        waiter.expected_by,
     )
 
 
