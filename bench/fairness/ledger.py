@@ -43,6 +43,8 @@ class Call:
     pools: tuple[str, ...] = (POOL,)
     max_wait_us: int = 60 * SECOND
     took_us: int = SECOND
+    count: int = 1
+    """Calls in bulk, of ``tokens`` each; the number after the last slash of ``key`` is then a UUID."""
     unsent: bool = False
     done: Callable[[Call], None] = lambda call: None
     """Called when it is granted or denied."""
@@ -51,6 +53,10 @@ class Call:
     denied_at: int | None = None
     pool: str = ""
     held: Needs = ()
+    each: Needs = ()
+    """What each of its calls held when they were granted."""
+    keys: tuple[str, ...] = ()
+    """Of the reservations that were granted."""
     placed: bool = False
     """It was let wait."""
     promised_by: int | None = None
@@ -60,7 +66,7 @@ class Call:
     @property
     def needs(self) -> Needs:
         """By dimension."""
-        return 1, self.tokens
+        return self.count, self.tokens * self.count
 
     @property
     def deadline(self) -> int:
@@ -116,7 +122,12 @@ class Ledger:
         estimate = Estimate(1, call.tokens, 0, 0, 0)
         candidates = tuple(Candidate(pool, call.shares, estimate) for pool in call.pools)
         reserve = Reserve(
-            call.key, candidates, tenant=call.tenant, priority=call.priority, max_wait_us=call.max_wait_us
+            call.key,
+            candidates,
+            tenant=call.tenant,
+            priority=call.priority,
+            max_wait_us=call.max_wait_us,
+            count=call.count,
         )
         ticket = self._step(reserve, call)
         if ticket in self._asked:
@@ -162,7 +173,8 @@ class Ledger:
         if isinstance(answer, Granted):
             charges = dict(answer.context.charges)
             call.granted_at, call.pool = self.clock.now, answer.context.pool
-            call.held = tuple(charges.get(dimension, 0) for dimension in DIMENSIONS)
+            call.keys, call.each = answer.keys, tuple(charges.get(dimension, 0) for dimension in DIMENSIONS)
+            call.held = tuple(hold * len(answer.keys) for hold in call.each)
             self.oracle.left(call.key)
             self.oracle.charge(call.pool, call.held)
             self.clock.at(self.clock.now + call.took_us, lambda: self._end(call))
@@ -181,7 +193,11 @@ class Ledger:
         else:
             raise RuntimeError(f"the engine refuses {type(operation).__name__}: {answer}")
 
-    def _correct(self, call: Call, final: Needs) -> None:
+    def _correct(self, call: Call, one: Needs) -> None:
+        """One of its calls has taken so much in the end."""
+        final = tuple(
+            map(sum, zip(call.held, (now - was for now, was in zip(one, call.each, strict=True)), strict=True))
+        )
         self.oracle.charge(call.pool, tuple(now - was for now, was in zip(final, call.held, strict=True)))
         call.held = final
 
@@ -190,4 +206,5 @@ class Ledger:
             self._step(Release(call.key), call)
             return
         usage = Usage(1, call.tokens)
-        self._step(Commit(call.key, Outcome(Disposition.SUCCEEDED, usage, UsageKind.FINAL)), call)
+        for key in call.keys:
+            self._step(Commit(key, Outcome(Disposition.SUCCEEDED, usage, UsageKind.FINAL)), call)

@@ -18,7 +18,8 @@ DOCUMENT = Path(__file__).resolve().parents[2] / "docs" / "fairness.md"
 BEGIN, END = "<!-- table -->", "<!-- /table -->"
 
 _PERCENT = {
-    "used", "lost", "idle", "below", "apart", "off", "within", "lent", "minimum", "kept", "right", "early"
+    "used", "lost", "idle", "below", "apart", "off", "within", "lent", "minimum", "kept", "right", "early",
+    "over", "together",
 }  # fmt: skip
 _PLACES = {"jain": 4, "exponent": 3}
 _ORACLE = ("used", "lost", "idle", "parked_s")
@@ -34,6 +35,8 @@ _NAMES = {
     "within": "tenants of one share apart by",
     "wait_p99_ms": "interactive wait p99, ms",
     "minimum": "batch in its worst minute, of its minimum",
+    "over": "above the cap by",
+    "together": "granted whole",
     "lent": "lent",
     "lag_s": "behind the guarantee at most, s",
     "claim": "longest wait ÷ (size ÷ entitled rate)",

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from bench.fairness.claims import halves
 from bench.fairness.cost import cost
 from bench.fairness.lending import lending
+from bench.fairness.nesting import bulk, nested
 from bench.fairness.promises import promises
 from bench.fairness.sharing import demands, dominant, lone, weights
 from bench.fairness.spreading import candidates
@@ -40,6 +41,10 @@ ROWS: tuple[Row, ...] = (
     Row("dominant", "one tenant of 100 calls/s of 100 tokens, one of 1 call/s of 100,000", dominant,
         (Bound("apart", most=0.05), Bound("below", most=0.05), *CONSERVED)),
     Row("weights", "weights 1:2:4", weights, (Bound("off", most=0.03), *CONSERVED), ("within",)),
+    Row("nested", "shares in shares, three levels, one with a cap", nested,
+        (Bound("off", most=0.03), Bound("over", most=0.005), *CONSERVED)),
+    Row("bulk", "calls one by one, in twenties and in hundreds", bulk,
+        (Bound("together", least=1.0), Bound("off", most=0.03), Bound("claim", most=2.0), *CONSERVED), ("served",)),
     Row("batch", "batch floods, interactive at 30 % of the limit", flooded,
         (Bound("wait_p99_ms", most=250), Bound("minimum", least=1.0), *CONSERVED)),
     Row("batch-pressed", "interactive floods, batch asks", pressed,

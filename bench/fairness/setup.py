@@ -9,6 +9,7 @@ from typing import Any
 from paceline.engine import operations as op
 from paceline.engine.accounting import Profile, Rule
 from paceline.engine.dimensions import Dimension, Limit, Window
+from paceline.engine.terms import WHOLE, Part
 
 DIMENSIONS = (Dimension.REQUESTS, Dimension.INPUT_TOKENS)
 """The order of all vectors here."""
@@ -49,11 +50,12 @@ class PoolLimits:
 
 @dataclass(frozen=True, slots=True)
 class Share:
-    """A share; ``guarantee`` in parts of each limit."""
+    """A share; ``guarantee`` and ``cap`` in parts of each limit. A cap of zero: none."""
 
     name: str
     weight: int = 1
     guarantee: float = 0.0
+    cap: float = 0.0
 
 
 def define_pool(name: str, limits: PoolLimits, fill: int) -> op.DefinePool:
@@ -74,6 +76,8 @@ def define_share(share: Share, limits: PoolLimits) -> op.DefineShare:
             Limit(dimension, Window.MINUTE, int(amount * share.guarantee))
             for dimension, amount in zip(DIMENSIONS, limits.amounts, strict=True)
         )
+    if "cap_parts" in op.DefineShare.__struct_fields__ and share.cap:
+        known["cap_parts"] = tuple(Part(each, Window.MINUTE, round(share.cap * WHOLE)) for each in DIMENSIONS)
     return op.DefineShare(share.name, **known)
 
 

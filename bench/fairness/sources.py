@@ -6,6 +6,7 @@ import math
 import random
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from uuid import UUID
 
 from bench.fairness.ledger import POOL, Call, Ledger
 from bench.lab.clock import SECOND
@@ -42,11 +43,13 @@ class Kind:
     pools: tuple[str, ...] = (POOL,)
     max_wait_s: float = 60.0
     took_s: tuple[float, float] = (0.5, 4.0)
+    count: int = 1
+    """Calls in bulk."""
 
     def call(self, number: int, chance: random.Random, done: Callable[[Call], None] = lambda call: None) -> Call:
         """The next one."""
         return Call(
-            f"{self.tenant}-{number}",
+            f"{self.tenant}-{number}" if self.count == 1 else f"{self.tenant}/{UUID(int=number)}",
             self.tenant,
             self.size(chance),
             self.priority,
@@ -54,6 +57,7 @@ class Kind:
             self.pools,
             int(self.max_wait_s * SECOND),
             int(chance.uniform(*self.took_s) * SECOND),
+            self.count,
             done=done,
         )
 

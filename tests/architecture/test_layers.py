@@ -25,6 +25,7 @@ ENGINE_TYPES = (
     "paceline.engine.dimensions",
     "paceline.engine.events",
     "paceline.engine.operations",
+    "paceline.engine.terms",
     "paceline.engine.types",
 )
 STUBS = "paceline_client.stubs"

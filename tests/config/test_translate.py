@@ -20,6 +20,7 @@ from paceline.engine.operations import (
     Operation,
     Priority,
 )
+from paceline.engine.terms import Part
 from paceline.providers import Target
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -149,6 +150,16 @@ modes:
             )
         ),
     ]
+
+
+def test_parts_of_limits(tmp_path: Path) -> None:
+    text = """
+accounts: {main: {}}
+shares: {a: {cap_part: {concurrency: 0.5, tokens: 0.25}, guarantee_part: {requests: 0.1}}}
+"""
+    caps = Part(Dimension.TOKENS, Window.MINUTE, 250), Part(Dimension.CONCURRENCY, Window.NONE, 500)
+    guarantees = (Part(Dimension.REQUESTS, Window.MINUTE, 100),)
+    assert DefineShare("a", cap_parts=caps, guarantee_parts=guarantees) in defined(text, tmp_path)
 
 
 def test_paths_of_shares(tmp_path: Path) -> None:

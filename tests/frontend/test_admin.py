@@ -392,7 +392,6 @@ async def test_the_view_of_a_waiter_shows_its_latest_deadline(caller: Caller, se
 
 async def test_what_is_still_missing_says_so(caller: Caller) -> None:
     assert await refusal(caller.admin.Explain(pb.ExplainRequest())) is grpc.StatusCode.UNIMPLEMENTED
-    assert await refusal(caller.admin.UpdateShare(pb.UpdateShareRequest())) is grpc.StatusCode.UNIMPLEMENTED
 
 
 async def test_watch(caller: Caller) -> None:

@@ -236,6 +236,20 @@ async def test_changes_reach_the_owner_once(nodes: Nodes, node: str, ledger: str
     assert missing.code is Code.NOT_FOUND
 
 
+@pytest.mark.parametrize("node", ["one", "two"])
+async def test_a_share_is_changed_by_the_owner(nodes: Nodes, node: str) -> None:
+    request = pb.UpdateShareRequest(share=pb.Share(ledger="beta", name="team", weight=5), allow_missing=True)
+    changed = (await nodes.ask(node, "UpdateShare", request, pb.UpdateShareResponse)).share
+    assert (changed.ledger, changed.weight) == ("beta", 5)
+    request.share.etag, request.share.weight = changed.etag, 6
+    await nodes.ask(node, "UpdateShare", request, pb.UpdateShareResponse)
+    assert (await nodes.refused(node, "UpdateShare", request)).code is Code.ABORTED
+    listed = await nodes.ask(node, "ListShares", pb.ListSharesRequest(), pb.ListSharesResponse)
+    assert [(share.ledger, share.name, share.weight) for share in listed.shares] == [("beta", "team", 6)]
+    request.share.ledger = "zeta"
+    assert (await nodes.refused(node, "UpdateShare", request)).code is Code.NOT_FOUND
+
+
 async def test_a_mode_is_set_everywhere(nodes: Nodes) -> None:
     answer = await nodes.ask("one", "SetMode", pb.SetModeRequest(mode=pb.MODE_OBSERVE), pb.SetModeResponse)
     assert [setting.ledger for setting in answer.settings] == list(LEDGERS)

@@ -88,7 +88,7 @@ RESERVE: list[tuple[str, Change]] = [
     ("candidates[0].estimate.output_tokens", lambda m: setattr(estimate(m), "output_tokens", -(2**31))),
     ("candidates[0].estimate.output_tokens", lambda m: setattr(estimate(m), "output_tokens", 101)),
     ("candidates[0].estimate.max_output_tokens", lambda m: setattr(estimate(m), "max_output_tokens", 2**31 - 1)),
-    ("candidates[0].estimate.requests", lambda m: setattr(estimate(m), "requests", 10_001)),
+    ("candidates[0].estimate.requests", lambda m: setattr(estimate(m), "requests", 500_001)),
     ("candidates[0].min_output_tokens", lambda m: setattr(candidate(m), "min_output_tokens", 0)),
     ("candidates[0].min_output_tokens", lambda m: setattr(candidate(m), "min_output_tokens", -1)),
     ("candidates[0].min_output_tokens", lambda m: setattr(candidate(m), "min_output_tokens", 101)),

@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from paceline.cli import config, ledgers
+from paceline.cli import config, ledgers, shares
 from paceline.cli.advise import advise
 from paceline.cli.console import say
 from paceline.cli.health import health
@@ -31,6 +31,7 @@ app.command()(pools)
 app.command()(limits)
 app.command()(advise)
 app.add_typer(ledgers.app, name="ledgers")
+app.add_typer(shares.app, name="shares")
 app.command()(report)
 app.command()(health)
 app.command()(upstream)

@@ -10,7 +10,7 @@ from urllib.parse import urlsplit
 from paceline.config.model import AccountSpec, Config, PoolSpec, ShareSpec
 from paceline.config.translate import account_provider, catalogue, expand_ladder
 from paceline.config.wording import did_you_mean
-from paceline.engine.dimensions import SECOND_US, Dimension, Window
+from paceline.engine.dimensions import GAUGES, SECOND_US, Dimension, Window
 from paceline.providers.catalogue import Catalogue, Path, endpoint_pools, pool_key
 from paceline.providers.patterns import bare_model
 from paceline.providers.schema import Limits, ProviderSpec
@@ -157,6 +157,14 @@ def _pool_key_fault(key: str, spec: ProviderSpec) -> str | None:
 
 def _shares(config: Config) -> Problems:
     tenants: dict[str, str] = {}
+    promised: Counter[str] = Counter()
+    for name, top in config.shares.items():
+        for field, part in top.guarantee_part.items():
+            promised[field] += round(part * 1_000)
+            if part and promised[field] > 1_000:
+                here = ("shares", name, "guarantee_part", field)
+                yield here, f"makes the guarantees of all shares {promised[field] / 1_000:g} of the limit; lower it"
+                break
     for count, (names, shares) in enumerate(config.walk_shares()):
         path, share = share_path(names), shares[-1]
         if count >= MAX_SHARES:
@@ -167,6 +175,7 @@ def _shares(config: Config) -> Problems:
         yield from _under((*path, "cap"), share.cap.problems())
         yield from _under((*path, "guarantee"), share.guarantee.problems())
         yield from _guarantees(path, names, shares)
+        yield from _parts(path, shares[-1])
         for index, tenant in enumerate(share.tenants):
             first = tenants.setdefault(tenant, "/".join(names))
             if first != "/".join(names) or tenant in share.tenants[:index]:
@@ -184,13 +193,48 @@ def _guarantees(path: Path, names: tuple[str, ...], shares: tuple[ShareSpec, ...
                     yield here, f"guarantees {spec.amount:,}, above the cap of {cap:,} of {name!r}; lower it"
                     break
     children = shares[-1].shares.values()
-    for field, dimension, specs in shares[-1].cap.items():
-        for spec in specs:
-            window = spec.limit(dimension).window
-            promised = sum(_amount(child.guarantee, field, window) or 0 for child in children)
-            if promised > spec.amount:
-                here = (*path, "cap", field)
-                yield here, f"is {spec.amount:,}, below the {promised:,} guaranteed inside; raise it"
+    for kind, limits in (("cap", shares[-1].cap), ("guarantee", shares[-1].guarantee)):
+        for field, dimension, specs in limits.items():
+            for spec in specs:
+                window = spec.limit(dimension).window
+                promised = sum(_amount(child.guarantee, field, window) or 0 for child in children)
+                if promised > spec.amount:
+                    here = (*path, kind, field)
+                    yield here, f"is {spec.amount:,}, below the {promised:,} guaranteed inside; raise it"
+
+
+def _parts(path: Path, share: ShareSpec) -> Problems:
+    """Guarantees that are parts, within the same share and inside it."""
+    for kind, limits, parts in (
+        ("cap", share.cap, share.cap_part),
+        ("guarantee", share.guarantee, share.guarantee_part),
+    ):
+        for field, _ in parts.items():
+            if _amount(limits, field, _window(field)) is not None:
+                yield (*path, f"{kind}_part", field), f"is in {kind} too, as an amount; keep one"
+    caps = dict(share.cap_part.items())
+    for field, part in share.guarantee_part.items():
+        if part > caps.get(field, 1.0):
+            yield (
+                (*path, "guarantee_part", field),
+                f"guarantees {part:g}, above the cap_part of {caps[field]:g}; lower it",
+            )
+    for kind, mine in (("cap_part", share.cap_part), ("guarantee_part", share.guarantee_part)):
+        yield from _sums((*path, kind), dict(mine.items()), share.shares)
+
+
+def _sums(path: Path, whole: dict[str, float], shares: dict[str, ShareSpec]) -> Problems:
+    """Where the guarantees of ``shares``, as parts, sum above ``whole``."""
+    for field, most in whole.items():
+        promised = sum(
+            part for share in shares.values() for name, part in share.guarantee_part.items() if name == field
+        )
+        if round(promised * 1_000) > round(most * 1_000):
+            yield (*path, field), f"is {most:g}, below the {promised:g} guaranteed inside; raise it"
+
+
+def _window(field: str) -> Window:
+    return Window.NONE if Dimension[field.upper()] in GAUGES else Window.MINUTE
 
 
 def _amount(limits: Limits, field: str, window: object) -> int | None:

@@ -24,7 +24,9 @@ from paceline.config.fields import (
     StoreUrl,
 )
 from paceline.config.limits import ServerLimits
-from paceline.engine.dimensions import SECOND_US, UNLIMITED
+from paceline.engine.dimensions import GAUGES, SECOND_US, UNLIMITED, Dimension, Window
+from paceline.engine.terms import WHOLE
+from paceline.engine.terms import Part as EnginePart
 from paceline.providers.catalogue import Target, packaged
 from paceline.providers.schema import CatalogueSpec, Count, Limits, Strict, Text, Usd, merge, usd
 
@@ -81,6 +83,41 @@ class AccountSpec(Strict):
     upstream_workspaces: dict[Plain, WorkspaceSpec] = Field(default_factory=dict)
 
 
+Part = Annotated[float, Field(ge=0.0, le=1.0)]
+
+
+class RateParts(Strict):
+    """Parts (0 to 1) of whatever the limits of a pool turn out to be, by the minute."""
+
+    requests: Part | None = None
+    input_tokens: Part | None = None
+    output_tokens: Part | None = None
+    tokens: Part | None = None
+    """Input and output together, where a provider counts so."""
+
+    def items(self) -> Iterator[tuple[str, float]]:
+        """What is given, by the name of its field."""
+        for name in type(self).model_fields:
+            part: float | None = getattr(self, name)
+            if part is not None:
+                yield name, part
+
+    def parts(self) -> tuple[EnginePart, ...]:
+        """In the engine's words, in thousandths."""
+        return tuple(_part(Dimension[name.upper()], part) for name, part in self.items())
+
+
+class Parts(RateParts):
+    """Parts (0 to 1) of whatever the limits of a pool turn out to be: by the minute, and of what is in flight."""
+
+    concurrency: Part | None = None
+    queued_requests: Part | None = None
+
+
+def _part(dimension: Dimension, part: float) -> EnginePart:
+    return EnginePart(dimension, Window.NONE if dimension in GAUGES else Window.MINUTE, round(part * WHOLE))
+
+
 class ShareSpec(Strict):
     """A part of every pool: a team's, a tenant's."""
 
@@ -90,6 +127,10 @@ class ShareSpec(Strict):
     """The most that it may use, in each pool."""
     guarantee: Limits = Limits()
     """What it gets whenever it asks, in each pool."""
+    cap_part: Parts = Parts()
+    """The most that it may use, as parts (0 to 1) of the pool's own limits, whatever they turn out to be."""
+    guarantee_part: RateParts = RateParts()
+    """What it gets whenever it asks, as parts (0 to 1) of the pool's own limits."""
     monthly_spend_cap: Usd | None = None
     """US dollars, over all pools."""
     tenants: tuple[Plain, ...] = ()

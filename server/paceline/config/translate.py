@@ -64,7 +64,8 @@ def definitions(config: Config, known: Catalogue, account: str) -> list[Operatio
         promised = shares[-1].guarantee.limits()
         guarantees = [each for dimension in sorted(promised) for each in promised[dimension]]
         by_minute = tuple(each for each in guarantees if each.window is Window.MINUTE)
-        operations.append(DefineShare("/".join(names), tuple(caps), shares[-1].weight, by_minute))
+        parts = shares[-1].cap_part.parts(), shares[-1].guarantee_part.parts()
+        operations.append(DefineShare("/".join(names), tuple(caps), shares[-1].weight, by_minute, *parts))
     operations.append(DefineClasses(tuple(_classes(config))))
     operations.append(DefineModes(tuple(_modes(config, known, account))))
     return operations

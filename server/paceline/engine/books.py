@@ -16,7 +16,8 @@ from paceline.engine.dimensions import UNLIMITED, Dimension, Limit, Window
 from paceline.engine.outlook import Outlook
 from paceline.engine.queue import Claims
 from paceline.engine.recipe import Recipe
-from paceline.engine.state import State
+from paceline.engine.state import Share, State
+from paceline.engine.terms import Part
 from paceline.engine.trail import Trail
 from paceline.engine.urgent import Urgent
 
@@ -188,7 +189,7 @@ class Books:
         money: list[tuple[str, str, Limit]] = []
         for name in shares:
             share = state.shares.get(name)
-            for cap in share.caps if share is not None else ():
+            for cap in self._caps_of(pool, share) if share is not None else ():
                 if cap.dimension is Dimension.SPEND:
                     money.append(("", name, cap))
                 elif cap.dimension in counted:
@@ -199,9 +200,30 @@ class Books:
             if number is None:
                 if len(state.buckets) >= self.caps.buckets:
                     return None
-                number = self.add_bucket(scope, name, limit, FULL)
+                number = self.add_bucket(scope, name, limit, FULL, guessed=self._is_guessed(pool, name, limit))
             numbers.append(number)
         return tuple(numbers)
+
+    def _caps_of(self, pool: str, share: Share) -> tuple[Limit, ...]:
+        if not share.cap_parts:
+            return share.caps
+        return share.caps + tuple(limit for part in share.cap_parts if (limit := self.part(pool, part)) is not None)
+
+    def _is_guessed(self, pool: str, name: str, limit: Limit) -> bool:
+        """Whether a cap is a part of a limit that nobody has said."""
+        share, key = self.state.shares.get(name), (limit.dimension, limit.window)
+        if share is None or all((part.dimension, part.window) != key for part in share.cap_parts):
+            return False
+        own = self.state.addresses.get((pool, "", *key))
+        return own is not None and self.state.buckets[own].guessed
+
+    def part(self, pool: str, part: Part) -> Limit | None:
+        """A part of a pool's own limit as it is now; ``None``: the pool has none of this dimension and window."""
+        number = self.state.addresses.get((pool, "", part.dimension, part.window))
+        if number is None:
+            return None
+        bucket = self.state.buckets[number]
+        return part.of(Limit(bucket.dimension, bucket.window, bucket.amount, bucket.burst))
 
     def add_bucket(self, scope: str, share: str, limit: Limit, fill: int, *, guessed: bool = False) -> int:
         """Make a bucket, ``fill`` thousandths full; its number."""

@@ -14,7 +14,9 @@ from paceline.engine.books import FULL, Books
 from paceline.engine.bucket import Bucket
 from paceline.engine.dimensions import UNLIMITED, WINDOW_US, Dimension, Limit, Window
 from paceline.engine.pressure import Pressure
+from paceline.engine.promised import over_promised
 from paceline.engine.state import Share
+from paceline.engine.terms import Terms
 
 
 class Definitions:
@@ -71,18 +73,35 @@ class Definitions:
         share = state.shares.get(operation.share)
         if share is None and len(state.shares) >= self._books.caps.shares:
             return an.Invalid("share", f"the ledger has its most shares ({self._books.caps.shares})", full=True)
-        told = Share(operation.share, operation.caps, operation.weight, operation.guarantees)
+        terms = Terms(
+            operation.caps, operation.weight, operation.guarantees, operation.cap_parts, operation.guarantee_parts
+        )
+        if operation.override:
+            fault = over_promised(state, operation.share, terms)
+            if fault is not None:
+                return an.Invalid(f"share.{fault[0]}", fault[1])
+        told = _told(share, operation, terms)
         if share == told:
             return an.Done()
         self._books.emit(ev.ShareDefined(*msgspec.structs.astuple(told)))
+        if share is not None and share.terms == told.terms:
+            return an.Done()
         self._books.defined()
-        caps = {(cap.dimension, cap.window): cap for cap in operation.caps}
         for number, bucket in enumerate(state.buckets):
-            cap = caps.get((bucket.dimension, bucket.window))
-            if bucket.share == operation.share and cap is not None:
-                self._configure(number, cap)
-        self._lift_others(lambda bucket: bucket.share == operation.share, operation.caps)
+            if bucket.share == operation.share:
+                self._configure(number, self._cap(told, bucket))
         return an.Done()
+
+    def _cap(self, share: Share, bucket: Bucket) -> Limit:
+        """The cap of a share that a bucket stands for. What has none any more limits nothing, but goes on counting."""
+        key = (bucket.dimension, bucket.window)
+        for cap in share.caps:
+            if (cap.dimension, cap.window) == key:
+                return cap
+        for part in share.cap_parts:
+            if (part.dimension, part.window) == key:
+                return self._books.part(bucket.pool, part) or Limit(*key, UNLIMITED)
+        return Limit(*key, UNLIMITED)
 
     def _classes(self, operation: op.DefineClasses) -> Answer:
         if operation.classes != self._state.classes:
@@ -172,6 +191,7 @@ class Definitions:
         bucket = self._state.buckets[number]
         burst = limit.capacity
         shift = burst - bucket.burst if limit.window not in WINDOW_US else min(0, burst - bucket.level)
+        before = bucket.amount, bucket.burst
         self._books.emit(
             ev.LimitMoved(
                 number,
@@ -184,3 +204,28 @@ class Definitions:
                 override,
             )
         )
+        if bucket.pool and not bucket.share and before != (bucket.amount, bucket.burst):
+            self._follow(bucket)
+
+    def _follow(self, moved: Bucket) -> None:
+        """Caps that are parts of a pool's limit go with it."""
+        state = self._state
+        for share in state.shares.values():
+            for part in share.cap_parts:
+                if (part.dimension, part.window) == (moved.dimension, moved.window):
+                    number = state.addresses.get((moved.pool, share.name, part.dimension, part.window))
+                    limit = self._books.part(moved.pool, part)
+                    if number is not None and limit is not None:
+                        self._configure(number, limit)
+
+
+def _told(share: Share | None, operation: op.DefineShare, terms: Terms) -> Share:
+    """A share as it is from now on. What an operator has set stays until an operator says what is configured."""
+    name, override, configured = operation.share, operation.override, None
+    if override and share is not None:
+        configured = share.configured if share.override else share.terms
+        override = terms != configured
+    elif share is not None and share.override:
+        terms, configured, override = share.terms, terms, share.terms != terms
+    told = (terms.caps, terms.weight, terms.guarantees, terms.cap_parts, terms.guarantee_parts)
+    return Share(name, *told, override, configured if override else None)

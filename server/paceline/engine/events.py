@@ -15,6 +15,7 @@ from paceline.engine.bucket import Constraint
 from paceline.engine.dimensions import Dimension, Limit, Window
 from paceline.engine.operations import Class, Mode, Priority
 from paceline.engine.pressure import Pressure
+from paceline.engine.terms import Part, Terms
 
 
 class Clocked(msgspec.Struct, frozen=True, array_like=True, tag="at", gc=False):
@@ -58,6 +59,10 @@ class ShareDefined(msgspec.Struct, frozen=True, array_like=True, tag="share", gc
     caps: tuple[Limit, ...]
     weight: int = 1
     guarantees: tuple[Limit, ...] = ()
+    cap_parts: tuple[Part, ...] = ()
+    guarantee_parts: tuple[Part, ...] = ()
+    override: bool = False
+    configured: Terms | None = None
 
 
 class ClassesDefined(msgspec.Struct, frozen=True, array_like=True, tag="class", gc=False):

@@ -42,11 +42,11 @@ Costs = tuple[Cost, ...]
 class Promise:
     """A rate that those under one or several nodes get together whenever they want it."""
 
-    __slots__ = ("amounts", "due", "grace_us", "nodes", "part")
+    __slots__ = ("amounts", "due", "grace_us", "nodes", "part", "parts")
 
-    def __init__(self, amounts: Mapping[int, int], part: float = 0.0) -> None:
-        """``amounts`` a minute, by bucket; or a ``part`` of every limit."""
-        self.amounts, self.part = dict(amounts), part
+    def __init__(self, amounts: Mapping[int, int], part: float = 0.0, parts: Mapping[int, int] | None = None) -> None:
+        """``amounts`` a minute, by bucket, and ``parts`` of limits, in thousandths by bucket; or a ``part`` of all."""
+        self.amounts, self.part, self.parts = dict(amounts), part, dict(parts or {})
         self.grace_us = LENT_US if part else 0
         """A part of all limits is no hurry."""
         self.due = 0
@@ -63,6 +63,9 @@ class Promise:
             seconds = max(
                 (60 * cost.amount / promised[cost.number] for cost in costs if promised.get(cost.number)), default=0.0
             )
+            for number, cost_seconds, _ in costs if self.parts else ():
+                if self.parts.get(number):
+                    seconds = max(seconds, 1_000 * cost_seconds / self.parts[number])
         served = int(seconds * portion * SECOND_US)
         if self.due <= now:
             self.due = max(self.due, now - LENT_US) + served
@@ -125,11 +128,15 @@ class Node:
         return self.tag if self.active else max(self.tag, self.parent.clock)
 
     def reweigh(self, weight: float) -> None:
-        """A new weight, for what comes."""
+        """A new weight, for what comes, and for what it is ahead: else one of next to no weight would pay for ever."""
         weight = max(_LEAST_WEIGHT, weight)
         if weight != self.weight:
+            ahead = max(0.0, self.tag - self.parent.clock)
+            self.tag += ahead * (self.weight / weight - 1.0)
             self.base, self.weight = self.tag, weight
             self.served.clear()
+            if self.active and not self.aside:
+                self.parent.push(self)
 
     def push(self, child: Node) -> None:
         """A child waits, with the tag that it has now."""

@@ -13,6 +13,7 @@ import msgspec
 from paceline.engine.accounting import Estimate, Prices, Profile, Sizes, Usage, UsageKind
 from paceline.engine.bucket import EndKind
 from paceline.engine.dimensions import Dimension, Limit, Window
+from paceline.engine.terms import Part
 
 NO_PRICES = Prices()
 
@@ -262,13 +263,20 @@ class DefineShare(msgspec.Struct, frozen=True, tag=True, gc=False):
     """Create or change a share: caps per dimension in each pool; a ``SPEND`` cap holds over all pools.
 
     ``weight``: what it gets of what is contended, against its sisters; zero: what none of them wants. ``guarantees``:
-    by the minute, in each pool, what it gets whenever it asks, over all priorities; lent while it does not.
+    by the minute, in each pool, what it gets whenever it asks, over all priorities; lent while it does not. Parts are
+    of whatever the pool's own limit is at the time.
+
+    ``override``: an operator says so. It stays whatever the configuration says, until an operator says what the
+    configuration does.
     """
 
     share: str
     caps: tuple[Limit, ...] = ()
     weight: int = 1
     guarantees: tuple[Limit, ...] = ()
+    cap_parts: tuple[Part, ...] = ()
+    guarantee_parts: tuple[Part, ...] = ()
+    override: bool = False
 
 
 class Class(msgspec.Struct, frozen=True, array_like=True, gc=False):

@@ -18,7 +18,7 @@ import msgspec
 
 from paceline.engine.accounting import Sizes
 from paceline.engine.bucket import Bucket
-from paceline.engine.dimensions import SECOND_US, UNLIMITED, WINDOW_US
+from paceline.engine.dimensions import SECOND_US, UNLIMITED, WINDOW_US, Dimension
 from paceline.engine.fair import LENT_US, Cost, Costs, Node, Promise, Tree
 from paceline.engine.operations import CLASSES, Class, Priority, Reserve
 from paceline.engine.recipe import Recipe
@@ -217,27 +217,38 @@ class Line:
         for name in reversed(path):
             share = shares.get(name)
             node.reweigh(1 if share is None else share.weight)
-            self._promise(node, name, self._amounts(share))
+            self._promise(node, name, self._amounts(share), self._parts(share))
             node = node.parent
         found = next(each for each in (*classes, *CLASSES) if each.priority is priority)
         node.reweigh(found.weight)
-        self._promise(node, priority, {}, found.minimum / 1_000)
+        self._promise(node, priority, {}, {}, found.minimum / 1_000)
 
     def _amounts(self, share: Share | None) -> dict[int, int]:
-        amounts = {} if share is None else {each.dimension: each.amount for each in share.guarantees}
+        return self._own({} if share is None else {each.dimension: each.amount for each in share.guarantees})
+
+    def _parts(self, share: Share | None) -> dict[int, int]:
+        """In thousandths, by bucket."""
+        return self._own({} if share is None else {each.dimension: each.permille for each in share.guarantee_parts})
+
+    def _own(self, promised: dict[Dimension, int]) -> dict[int, int]:
+        """What is promised of the pool's own limits, by bucket."""
         return {
-            number: amounts[bucket.dimension]
-            for number, bucket in (enumerate(self._laid_out[0]) if amounts else ())
-            if bucket.pool == self._pool and not bucket.share and amounts.get(bucket.dimension)
+            number: promised[bucket.dimension]
+            for number, bucket in (enumerate(self._laid_out[0]) if promised else ())
+            if bucket.pool == self._pool and not bucket.share and promised.get(bucket.dimension)
         }
 
-    def _promise(self, node: Node, key: object, amounts: dict[int, int], part: float = 0.0) -> None:
+    def _promise(
+        self, node: Node, key: object, amounts: dict[int, int], parts: dict[int, int], part: float = 0.0
+    ) -> None:
         """Priorities and shares have one promise each, wherever in the tree they are."""
         promise = self.tree.promises.get(key)
-        if not amounts and not part:
+        if not amounts and not parts and not part:
             found = None
+        elif promise is None:
+            found = self.tree.promises.setdefault(key, Promise(amounts, part, parts))
         else:
-            found = self.tree.promises.setdefault(key, Promise(amounts, part)) if promise is None else promise
+            found = promise
         if node.promise is not found:
             node.promise = found
             if found is not None and node.active:

@@ -23,6 +23,7 @@ from paceline.engine.operations import Class, Mode, Priority
 from paceline.engine.outside import MOST
 from paceline.engine.pressure import Pressure
 from paceline.engine.sizes import Kind, Kinds, Learned, note, sample
+from paceline.engine.terms import Part, Terms
 
 CHUNK_ENTRIES = 1_000
 CHUNK_KINDS = 250
@@ -101,10 +102,22 @@ class Pool(msgspec.Struct, array_like=True):
 
 
 class Share(msgspec.Struct, array_like=True, frozen=True):
+    """A share; its fields up to ``guarantee_parts`` are those of :class:`~paceline.engine.terms.Terms`."""
+
     name: str
     caps: tuple[Limit, ...]
     weight: int = 1
     guarantees: tuple[Limit, ...] = ()
+    cap_parts: tuple[Part, ...] = ()
+    guarantee_parts: tuple[Part, ...] = ()
+    override: bool = False
+    """An operator has set this; what the configuration says waits in ``configured``."""
+    configured: Terms | None = None
+
+    @property
+    def terms(self) -> Terms:
+        """What is in force."""
+        return Terms(self.caps, self.weight, self.guarantees, self.cap_parts, self.guarantee_parts)
 
 
 class Head(msgspec.Struct, array_like=True):
@@ -339,7 +352,7 @@ class State:
             self.pools[event.pool].buckets.append(number)
 
     def _share_defined(self, event: ev.ShareDefined) -> None:
-        self.shares[event.share] = Share(event.share, event.caps, event.weight, event.guarantees)
+        self.shares[event.share] = Share(*msgspec.structs.astuple(event))
 
     def _classes_defined(self, event: ev.ClassesDefined) -> None:
         self.classes = event.classes

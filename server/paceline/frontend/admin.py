@@ -34,7 +34,7 @@ from paceline.engine.operations import (
 )
 from paceline.engine.state import Ended, Pool, Reservation, State
 from paceline.engine.waiting import Pending
-from paceline.frontend import learned, report, view
+from paceline.frontend import admin_shares, learned, report, view
 from paceline.frontend.admin_fleet import ADMIN, Fleet, Method, NotHere, page_size, serve_call
 from paceline.frontend.admin_watch import CHANGES, Elsewhere, Hub, Trackers
 from paceline.frontend.advice import Adviser
@@ -355,8 +355,11 @@ class Admin:
             raise missing("name: the ledger has no share of this name")
         return pb.GetShareResponse(share=view.share(slot, state, share, request.pool))
 
-    async def _update_share(self, _: pb.UpdateShareRequest) -> pb.UpdateShareResponse:
-        raise _later("share", "changing shares while the server runs; change the configuration and restart")
+    async def _update_share(self, request: pb.UpdateShareRequest) -> pb.UpdateShareResponse:
+        slot = self._slot(request.share.ledger, "share.ledger")
+        await self._change(slot, admin_shares.operation(view.books(slot), request))
+        state = view.books(slot)
+        return pb.UpdateShareResponse(share=view.share(slot, state, state.shares[request.share.name], ""))
 
     async def _get_spend(self, request: pb.GetSpendRequest) -> pb.GetSpendResponse:
         slot = self._slot(request.ledger, "ledger")

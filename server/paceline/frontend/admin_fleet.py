@@ -177,7 +177,9 @@ class Fleet:
             return await self._at(_text(request, _OF_LEDGER[name]), _OF_LEDGER[name], name, request)
         if name == "UpdateLimit" or name in _OF_POOL:
             return await self._anywhere(name, request)
-        if name in ("GetShare", "UpdateShare"):
+        if isinstance(request, pb.UpdateShareRequest):
+            return await self._at(request.share.ledger, "share.ledger", name, request)
+        if name == "GetShare":
             if not _text(request, "pool") and _text(request, "ledger"):
                 return await self._at(_text(request, "ledger"), "ledger", name, request)
             return await self._anywhere(name, request)

@@ -9,7 +9,7 @@ from paceline.engine.dimensions import MINUTE_US, SECOND_US
 # -- what one request may say -----------------------------------------------------------------------------------
 
 MAX_TOKENS = 1_000_000_000
-MAX_REQUESTS = 10_000
+MAX_REQUESTS = 500_000
 MAX_COUNT = 1_000
 MAX_WAIT_US = 10 * MINUTE_US
 MIN_HOLD_US = SECOND_US

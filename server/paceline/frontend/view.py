@@ -13,6 +13,7 @@ from paceline.engine.dimensions import UNLIMITED, Dimension, Limit, Window
 from paceline.engine.operations import NO_PRICES, Mode, Priority
 from paceline.engine.pressure import pressed
 from paceline.engine.state import Ended, Pool, Reservation, Share, State
+from paceline.engine.terms import Part
 from paceline.engine.waiting import Pending
 from paceline.frontend.errors import Problem, unavailable
 from paceline.frontend.replies import CURRENCY, money
@@ -184,15 +185,25 @@ def limit_etag(bucket: Bucket) -> str:
 def share(slot: Slot, state: State, found: Share, pool_name: str) -> pb.Share:
     """A share. With ``pool_name`` only its limits there."""
     message = pb.Share(
-        ledger=slot.account, pool=pool_name, name=found.name, parent=found.name.rpartition("/")[0], etag=etag(found)
+        ledger=slot.account,
+        pool=pool_name,
+        name=found.name,
+        parent=found.name.rpartition("/")[0],
+        weight=found.weight,
+        caps=_amounts(found.caps, found.cap_parts),
+        guarantees=_amounts(found.guarantees, found.guarantee_parts),
+        etag=share_etag(found),
     )
-    for cap in found.caps:
-        message.caps.append(_amount(cap))
     now = slot.owner.now()
     for bucket in state.buckets:
         if bucket.share == found.name and (not pool_name or bucket.pool in ("", pool_name)):
             message.dimensions.append(dimension_state(bucket, now))
     return message
+
+
+def share_etag(found: Share) -> str:
+    """Of a share's settings."""
+    return etag(found.name, found.terms)
 
 
 def waiting(slot: Slot, found: Pending) -> pb.Reservation:
@@ -300,8 +311,12 @@ def _estimate(sizes: Sizes) -> pb.Estimate:
     )
 
 
-def _amount(cap: Limit) -> pb.ShareAmount:
-    return pb.ShareAmount(dimension=_dimension(cap.dimension), window=_window(cap.window), units=cap.amount)
+def _amounts(limits: Iterable[Limit], parts: Iterable[Part]) -> Iterator[pb.ShareAmount]:
+    """Caps or guarantees."""
+    for limit in limits:
+        yield pb.ShareAmount(dimension=_dimension(limit.dimension), window=_window(limit.window), units=limit.amount)
+    for part in parts:
+        yield pb.ShareAmount(dimension=_dimension(part.dimension), window=_window(part.window), permille=part.permille)
 
 
 def _priority(value: Priority) -> pb.Priority.ValueType:

@@ -569,7 +569,7 @@ class Share(_message.Message):
     parent: _builtins.str
     """Name of the share that it is a part of. Empty: it is a part of the pool."""
     weight: _builtins.int
-    """Its weight among the shares with the same parent. Absent: 100. Zero: it gets only what nobody else wants."""
+    """Its weight among the shares with the same parent. Absent: 1. Zero: it gets only what nobody else wants."""
     etag: _builtins.str
     """Version of its settings. In a change: the version that is replaced; empty: whatever it is."""
     @_builtins.property
