@@ -390,10 +390,6 @@ async def test_the_view_of_a_waiter_shows_its_latest_deadline(caller: Caller, se
     assert waiters_of(server).get("anonymous/unknown") is None
 
 
-async def test_what_is_still_missing_says_so(caller: Caller) -> None:
-    assert await refusal(caller.admin.Explain(pb.ExplainRequest())) is grpc.StatusCode.UNIMPLEMENTED
-
-
 async def test_watch(caller: Caller) -> None:
     watch = caller.admin.Watch(pb.WatchRequest(pools=[POOL], reservations=True))
     kinds: set[str] = set()

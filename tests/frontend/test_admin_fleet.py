@@ -53,7 +53,12 @@ class Nodes:
         self.servers[name] = server
         fleet = self.fleets[name] = Fleet(name, Keeper(self, name), Network(self), FORM)
         self.admins[name] = Admin(
-            server.router, server.authenticator, server.admin._places, lambda _: "anthropic", fleet
+            server.router,
+            server.authenticator,
+            server.admin._places,
+            lambda _: "anthropic",
+            fleet,
+            requests=server.desk.requests,
         )
 
     async def ask(self, node: str, name: str, request: Message, kind: type[M]) -> M:
@@ -167,6 +172,27 @@ async def test_a_ledger_whose_owner_is_away_is_shown_as_that(nodes: Nodes) -> No
     assert (await nodes.refused("one", "GetPool", pb.GetPoolRequest(name=pool_of("beta")))).code is Code.UNAVAILABLE
     # One that is here is found all the same.
     await nodes.ask("one", "GetPool", pb.GetPoolRequest(name=pool_of("alpha")), pb.GetPoolResponse)
+
+
+@pytest.mark.parametrize("node", ["one", "two"])
+async def test_a_decision_is_explained_wherever_the_ledger_is(nodes: Nodes, node: str) -> None:
+    number = await grant(nodes, "beta")
+    asked = pb.ExplainRequest(reservation_id=number)
+    found = await nodes.ask(node, "Explain", asked, pb.ExplainResponse)
+    assert (found.reservation.ledger, found.reservation.state) == ("beta", pb.RESERVATION_STATE_OPEN)
+    assert (found.decision.grant.pool, found.steps[0].message) == (pool_of("beta"), "granted at once")
+    assert (await nodes.refused(node, "Explain", pb.ExplainRequest(reservation_id=new_id()))).code is Code.NOT_FOUND
+    call = pb.ExplainRequest(request=reserve("", account="beta"), identity="anonymous")
+    call.request.candidates.append(reserve("", account="alpha").candidates[0])
+    found = await nodes.ask(node, "Explain", call, pb.ExplainResponse)
+    assert found.decision.grant.pool == pool_of("beta")
+    assert [step.candidate_index for step in found.steps] == [0, 1]
+    # One that is away may know it, unless it is open here.
+    nodes.dead = {"two"} if node == "one" else {"one"}
+    other = new_id()
+    assert (await nodes.refused(node, "Explain", pb.ExplainRequest(reservation_id=other))).code is Code.UNAVAILABLE
+    here = await grant(nodes, "alpha" if node == "one" else "beta")
+    await nodes.ask(node, "Explain", pb.ExplainRequest(reservation_id=here), pb.ExplainResponse)
 
 
 @pytest.mark.parametrize("node", ["one", "two"])

@@ -19,6 +19,7 @@ from paceline.engine.dimensions import UNLIMITED, Dimension, Window
 from paceline.engine.operations import Priority, Refusal
 from paceline.telemetry import (
     AlertFigures,
+    AuditFigures,
     Endpoint,
     Figures,
     FleetFigures,
@@ -71,6 +72,7 @@ FIGURES = Figures(
     ),
     FleetFigures(3, {"acquired": 2, "took_over": 1, "reasserted": 4}, 9),
     AlertFigures({("main", "threshold"): 3}, {"delivered": 2, "failed": 0, "dropped": 1}, 4),
+    AuditFigures(70, 2),
 )
 
 
@@ -180,6 +182,15 @@ async def test_owners_and_the_ways_to_them(served: tuple[Source, Endpoint]) -> N
     # What has been seen once keeps no stale value.
     assert "paceline_nodes" not in alone
     assert "paceline_ledger_epoch" not in alone
+
+
+async def test_audit(served: tuple[Source, Endpoint]) -> None:
+    source, endpoint = served
+    found = await scrape(endpoint)
+    assert value(found, "paceline_audit_decisions_total", written="yes") == 70
+    assert value(found, "paceline_audit_decisions_total", written="dropped") == 2
+    source.figures = replace(FIGURES, audit=None)
+    assert "paceline_audit" not in await scrape(endpoint)
 
 
 async def test_alerts(served: tuple[Source, Endpoint]) -> None:

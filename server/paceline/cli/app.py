@@ -9,6 +9,7 @@ import typer
 from paceline.cli import config, ledgers, shares
 from paceline.cli.advise import advise
 from paceline.cli.console import say
+from paceline.cli.explain import explain
 from paceline.cli.health import health
 from paceline.cli.limits import limits
 from paceline.cli.pools import pools
@@ -33,6 +34,7 @@ app.command()(advise)
 app.add_typer(ledgers.app, name="ledgers")
 app.add_typer(shares.app, name="shares")
 app.command()(report)
+app.command()(explain)
 app.command()(health)
 app.command()(upstream)
 app.command()(version)

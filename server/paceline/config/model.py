@@ -12,6 +12,7 @@ from typing import Annotated, Literal
 from pydantic import BeforeValidator, Field, PrivateAttr, StrictBool
 
 from paceline.config.alerts import AlertsSpec
+from paceline.config.audit import AuditSpec
 from paceline.config.fields import (
     Label,
     LagDuration,
@@ -263,6 +264,7 @@ class Config(Strict):
     identities: tuple[IdentitySpec, ...] = ()
     catalogue: CatalogueExtension = CatalogueExtension()
     alerts: AlertsSpec = AlertsSpec()
+    audit: AuditSpec = AuditSpec()
     limits: ServerLimits = ServerLimits()
 
     _catalogue_files: tuple[CatalogueSpec, ...] = PrivateAttr(default=())

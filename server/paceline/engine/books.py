@@ -181,7 +181,12 @@ class Books:
                 self._plans[pool, shares] = plan
         return plan
 
-    def _make_plan(self, pool: str, shares: tuple[str, ...]) -> tuple[int, ...] | None:
+    def planned(self, pool: str, shares: tuple[str, ...]) -> tuple[int, ...] | None:
+        """:meth:`plan` without those of caps that nothing has touched yet: they are full. Changes nothing."""
+        plan = self._plans.get((pool, shares))
+        return self._make_plan(pool, shares, make=False) if plan is None else plan
+
+    def _make_plan(self, pool: str, shares: tuple[str, ...], *, make: bool = True) -> tuple[int, ...] | None:
         state = self.state
         counted = {rule.dimension for rule in state.pools[pool].profile.rules}
         numbers = [number for number in state.pools[pool].buckets if state.buckets[number].dimension in counted]
@@ -198,6 +203,8 @@ class Books:
         for scope, name, limit in wanted + money:
             number = state.addresses.get((scope, name, limit.dimension, limit.window))
             if number is None:
+                if not make:
+                    continue
                 if len(state.buckets) >= self.caps.buckets:
                     return None
                 number = self.add_bucket(scope, name, limit, FULL, guessed=self._is_guessed(pool, name, limit))

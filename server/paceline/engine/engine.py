@@ -23,6 +23,7 @@ from paceline.engine.adoption import Adopting
 from paceline.engine.answers import Answer, Committed
 from paceline.engine.books import Books, Caps
 from paceline.engine.definitions import Definitions
+from paceline.engine.explaining import Explainer
 from paceline.engine.operations import Operation
 from paceline.engine.reserving import Reserving
 from paceline.engine.settling import Settling
@@ -122,6 +123,12 @@ class Engine:
     def waiters(self) -> Waiters:
         """Those that wait, to look at."""
         return Waiters(self._reserving.waiting)
+
+    def explainer(self, now: int) -> Explainer:
+        """Says why calls wait, and how one would be decided, at ``now`` (µs of ledger time). For use at once."""
+        books = self._books
+        books.now = max(now, books.now)
+        return Explainer(books, self._reserving)
 
     def _wake_at(self) -> int | None:
         times = [at for at in (self._reserving.turns.wake_at(), self._settling.wake_at()) if at is not None]

@@ -10,7 +10,7 @@ A line knows nothing of levels: :mod:`~paceline.engine.turns` serves it.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from heapq import heapify, heappop, heappush
 from typing import NamedTuple, cast
 
@@ -29,6 +29,8 @@ PIECE_SECONDS = 0.1
 """Of refill, that a large call is served at a time."""
 LINGER_US = 10 * SECOND_US
 """A line is remembered for so long after the last has left: who had how much."""
+CALLS = -1
+"""Stands for the number of calls where amounts go by the number of the bucket."""
 SURE = 0.8
 """Part of what others have before a newcomer that it has to wait for, whoever gives up and whatever comes back."""
 MAX_IDLE = 4_096
@@ -83,6 +85,8 @@ class Option(msgspec.Struct, eq=False):
     """Whether its turn comes although more urgent ones wait: nothing need be left to others of them."""
     claim: dict[int, Claim] = {}
     """What is set aside for it, by bucket."""
+    before: int = 0
+    """Calls that come before it, as it was judged last."""
 
 
 class Claims:
@@ -334,6 +338,7 @@ class Line:
         """Count what an option would hold: all of its calls, if they come together."""
         for node in leaf.path():
             wanted = node.wanted
+            wanted[CALLS] = wanted.get(CALLS, 0) + sign * option.count
             for number, hold in zip(option.buckets, option.holds, strict=True):
                 if hold:
                     wanted[number] = wanted.get(number, 0) + sign * hold * option.count
@@ -367,13 +372,48 @@ class Line:
     # -- what comes before ------------------------------------------------------------------------------------------
 
     def ahead(self, key: LeafKey, option: Option) -> dict[int, Ahead]:
-        """What will be served of those that wait now before a newcomer is, by bucket.
+        """What will be served of those that wait now before a newcomer is, by bucket; of :data:`CALLS`: how many.
 
         From the leaf up: what of each sister comes before the tag that the newcomer's branch will have when it is
         served.
         """
         leaf = self.leaf(key)
-        amounts = {number: float(wanted) for number, wanted in leaf.wanted.items()}
+        return self._ahead(leaf, option, leaf.wanted)
+
+    def ahead_of(self, waiter: Waiter, option: Option) -> dict[int, Ahead]:
+        """The same of one that waits. Takes time with the number of those in its leaf."""
+        leaf = self.leaf(leaf_key(waiter.operation, option))
+        place = (waiter.arrival, waiter.serial, option.index)
+        own: dict[int, int] = {}
+        for arrival, serial, index, other, each in leaf.places:
+            if each.open and other is not waiter and (arrival, serial, index) < place:
+                own[CALLS] = own.get(CALLS, 0) + each.count
+                for number, hold in zip(each.buckets, each.holds, strict=True):
+                    own[number] = own.get(number, 0) + hold * each.count
+        return self._ahead(leaf, option, own)
+
+    def look_ahead(self, key: LeafKey, option: Option) -> dict[int, Ahead]:
+        """:meth:`ahead` of one that does not come: no place is made for it."""
+        leaf = self.glimpse(key)
+        return self._ahead(leaf, option, leaf.wanted)
+
+    def glimpse(self, key: LeafKey) -> Leaf:
+        """The place of a key, or one like it that is not kept."""
+        found = self._leaves.get(key)
+        if found is not None:
+            return found
+        _, shares, classes = self._laid_out
+        priority, path, tenant = key
+        weight = float(next(each for each in (*classes, *CLASSES) if each.priority is priority).weight)
+        node = self.tree.root.children.get(priority) or Node(self.tree.root, priority, 0, weight)
+        for name in path:
+            share = shares.get(name)
+            node = node.children.get(name) or Node(node, name, 0, 1.0 if share is None else share.weight)
+        return Leaf(Node(node, (tenant,), 0))
+
+    def _ahead(self, leaf: Leaf, option: Option, own_leaf: Mapping[int, int]) -> dict[int, Ahead]:
+        """``own_leaf``: what comes before it in its own leaf."""
+        amounts = {number: float(wanted) for number, wanted in own_leaf.items()}
         costs = {cost.number: cost.seconds / max(1, cost.amount) for cost in option.costs}
         own = {cost.number: float(cost.amount) for cost in option.costs}
         for node in leaf.path():
@@ -389,7 +429,6 @@ class Line:
                     part = min(1.0, before / backlog)
                     for number, wanted in sister.wanted.items():
                         amounts[number] = amounts.get(number, 0.0) + wanted * part
-        own_leaf = leaf.wanted
         return {
             number: Ahead(int(amount), int(amount * SURE + own_leaf.get(number, 0) * (1 - SURE)))
             for number, amount in amounts.items()

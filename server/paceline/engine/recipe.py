@@ -89,7 +89,7 @@ class Recipe:
                 places.setdefault(dimension, place)
         self.own = tuple((place, dimension) for dimension, place in places.items())
         """One place for each dimension of the pool and for the account's spend, without those of shares."""
-        self.spend = places[Dimension.SPEND]
+        self.spend = places.get(Dimension.SPEND, -1)
         """Place of the account's spend."""
 
     def follows_usage(self, place: int) -> bool:

@@ -14,12 +14,13 @@ from paceline.engine import pressure as pr
 from paceline.engine.accounting import Profile
 from paceline.engine.admission import Verdict
 from paceline.engine.answers import Answer, Reason
+from paceline.engine.audit import Kind
 from paceline.engine.books import Books
 from paceline.engine.bucket import EndKind
 from paceline.engine.dimensions import BUDGETS, Dimension
 from paceline.engine.keys import child_keys
 from paceline.engine.operations import Mode
-from paceline.engine.queue import NOTHING, Option, Waiter
+from paceline.engine.queue import NOTHING, Ahead, Option, Waiter
 from paceline.engine.recipe import Recipe
 from paceline.engine.sizes import fill
 from paceline.engine.state import Ended
@@ -39,6 +40,7 @@ class Reserving:
         self._teacher = teacher
         self._stats = stats
         self._hindsight = stats.hindsight
+        self._audit = stats.audit
         self.waiting = Waiting(books)
         self.turns = Turns(books, teacher, self.waiting, self)
         self.answers: list[tuple[int, Answer]] = []
@@ -76,32 +78,13 @@ class Reserving:
             if numbers is None:
                 self._refuse(ticket, "tenant", f"the ledger has its most limits ({books.caps.buckets})", full=True)
                 return
-            kind = (candidate.pool, operation.tenant, operation.route)
-            sizes, margin = fill(books.state.learned, pool.profile, kind, candidate.estimate)
-            recipe = books.recipe(candidate.pool, numbers)
-            holds = recipe.holds(sizes, candidate.prices)
-            if books.state.learned:
-                holds = self._possible(holds, numbers, recipe, pool.profile, candidate)
-            together = 1 if operation.partial else operation.count
-            option = Option(
-                index,
-                candidate.pool,
-                candidate.shares,
-                numbers,
-                holds,
-                sizes,
-                recipe,
-                together,
-                kind,
-                margin,
-                operation.priority,
-            )
-            if self._fits_now(option, operation):
-                observed = self._is_observed(candidate.pool, operation)
+            option = self.option(operation, index, numbers)
+            if self.fits_now(option, operation):
+                observed = self.is_observed(candidate.pool, operation)
                 if not observed and self._gathers(operation):
                     options.append(option)
                     continue
-                if not observed or self._hindsight.shadow.allows(numbers, holds):
+                if not observed or self._hindsight.shadow.allows(numbers, option.holds):
                     self._grant(operation, option, [ticket], 0, an.Would() if observed else None)
                     self.turns.passed(option, operation)
                     return
@@ -110,6 +93,30 @@ class Reserving:
             self._wait_or_deny(ticket, operation, options)
         else:
             self._refuse(ticket, "candidates", "names no candidate")
+
+    def option(self, operation: op.Reserve, index: int, numbers: tuple[int, ...]) -> Option:
+        """One candidate of a Reserve, as it would be held in these buckets. Changes nothing."""
+        books, candidate = self._books, operation.candidates[index]
+        profile = books.state.pools[candidate.pool].profile
+        kind = (candidate.pool, operation.tenant, operation.route)
+        sizes, margin = fill(books.state.learned, profile, kind, candidate.estimate)
+        recipe = books.recipe(candidate.pool, numbers)
+        holds = recipe.holds(sizes, candidate.prices)
+        if books.state.learned:
+            holds = self._possible(holds, numbers, recipe, profile, candidate)
+        return Option(
+            index,
+            candidate.pool,
+            candidate.shares,
+            numbers,
+            holds,
+            sizes,
+            recipe,
+            1 if operation.partial else operation.count,
+            kind,
+            margin,
+            operation.priority,
+        )
 
     def _possible(
         self,
@@ -138,7 +145,7 @@ class Reserving:
 
     def _wait_or_deny(self, ticket: int, operation: op.Reserve, options: list[Option]) -> None:
         """Nothing fits now."""
-        observed = next((one for one in options if self._is_observed(one.pool, operation)), None)
+        observed = next((one for one in options if self.is_observed(one.pool, operation)), None)
         verdicts = [self._judge(option, operation, hindsight=observed is not None) for option in options]
         option, verdict = min(zip(options, verdicts, strict=True), key=lambda pair: pair[1].severity)
         if observed is not None:
@@ -148,6 +155,16 @@ class Reserving:
         elif self.waiting.is_full(operation.tenant):
             self._deny(ticket, Reason.QUEUE_FULL, option, operation, verdict)
         else:
+            self._audit.turned_down(
+                self._books.now,
+                Kind.WAITING,
+                operation,
+                option,
+                self._books.state.buckets,
+                verdict.wait_us,
+                verdict.reason,
+                verdict.binding,
+            )
             possible = [one for one, found in zip(options, verdicts, strict=True) if not found.final]
             self.turns.expect(self.waiting.add(ticket, operation, tuple(possible)))
 
@@ -205,10 +222,13 @@ class Reserving:
 
     # -- does it fit --------------------------------------------------------------------------------------------
 
-    def _fits_now(self, option: Option, operation: op.Reserve) -> bool:
-        """Whether it may pass at once: nobody is before it, and every dimension has room."""
-        pool = self._books.state.pools[option.pool]
-        if pool.paused or pool.blocked_until > self._books.now or not self.turns.may_pass(option, operation):
+    def fits_now(self, option: Option, operation: op.Reserve, *, look: bool = False) -> bool:
+        """Whether it may pass at once: nobody is before it, and every dimension has room.
+
+        With ``look`` it does not come.
+        """
+        pool, turns = self._books.state.pools[option.pool], self.turns
+        if pool.paused or pool.blocked_until > self._books.now or not turns.may_pass(option, operation, look=look):
             return False
         if pool.pressure is not None and self.pressed(option.pool, operation):
             return False
@@ -251,27 +271,40 @@ class Reserving:
         """
         state, now = self._books.state, self._books.now
         pool = state.pools[option.pool]
+        ahead: dict[int, Ahead] = {}
+        if not pool.paused and not (pool.closed and pool.blocked_until > now):
+            ahead = self.turns.ahead(option, operation)
+            for number in option.buckets:
+                self._teacher.lapse(number, now)
+        return admission.worst([verdict for _, verdict in self.verdicts(option, operation, ahead, hindsight=hindsight)])
+
+    def verdicts(
+        self, option: Option, operation: op.Reserve, ahead: dict[int, Ahead], *, hindsight: bool = False
+    ) -> list[tuple[int | None, Verdict]]:
+        """What each of the things that may stop an option says, with the number of its bucket, behind what is
+        ``ahead``. Changes nothing."""
+        now, pool = self._books.now, self._books.state.pools[option.pool]
         if pool.paused:
-            return Verdict(None, 0, Reason.POOL_PAUSED, None, final=True)
+            return [(None, Verdict(None, 0, Reason.POOL_PAUSED, None, final=True))]
         blocked = max(0, pool.blocked_until - now)
         if blocked and pool.closed:
-            return Verdict(None, 0, Reason.POOL_CLOSED, None, final=True)
+            return [(None, Verdict(None, 0, Reason.POOL_CLOSED, None, final=True))]
         count = 1 if operation.partial else operation.count
-        ahead = self.turns.ahead(option, operation)
-        verdicts = [Verdict(blocked, blocked, Reason.BLOCKED, None)] if blocked else []
+        verdicts: list[tuple[int | None, Verdict]] = []
+        if blocked:
+            verdicts.append((None, Verdict(blocked, blocked, Reason.BLOCKED, None)))
         pressed = None if pool.pressure is None else self._judge_pressure(option.pool, count)
         if pressed is not None:
-            verdicts.append(pressed)
+            verdicts.append((None, pressed))
         for number, hold in zip(option.buckets, option.holds, strict=True):
-            self._teacher.lapse(number, now)
             before, sure = ahead.get(number, NOTHING)
             if hindsight:
                 more = self._hindsight.shadow.more(number)
                 before, sure = before - more, sure - more
-            verdicts.append(admission.judge(self._books, number, option, hold, count, before, sure))
-        return admission.worst(verdicts)
+            verdicts.append((number, admission.judge(self._books, number, option, hold, count, before, sure)))
+        return verdicts
 
-    def _is_observed(self, pool: str, operation: op.Reserve) -> bool:
+    def is_observed(self, pool: str, operation: op.Reserve) -> bool:
         return operation.observed or self.observing(pool, operation.tenant)
 
     def observing(self, pool: str, tenant: str) -> bool:
@@ -326,6 +359,7 @@ class Reserving:
             books.emit(ev.GrantedTogether(operation.key, keys))
         self._stats.granted(option.pool, operation.priority, len(keys), waited, would)
         self._hindsight.granted(option.pool, operation.tenant, keys, option.buckets, option.holds, waited, would)
+        self._audit.granted(books.now, operation, option, keys, waited + operation.waited_us, would)
         answer = an.Granted(
             keys,
             option.index,
@@ -352,6 +386,16 @@ class Reserving:
 
     def _deny(self, ticket: int, reason: Reason, option: Option, operation: op.Reserve, verdict: Verdict) -> None:
         self._stats.denied(option.pool, reason)
+        self._audit.turned_down(
+            self._books.now,
+            Kind.DENIED,
+            operation,
+            option,
+            self._books.state.buckets,
+            None if verdict.final else verdict.wait_us,
+            reason,
+            verdict.binding,
+        )
         self._hindsight.denied(option.pool, operation.tenant, reason, verdict.binding)
         for number, hold in zip(option.buckets, option.holds, strict=True):
             bucket = self._books.state.buckets[number]
@@ -382,6 +426,8 @@ class Reserving:
         waiter = self.waiting[key]
         option = waiter.options[0]
         self.waiting.leave(waiter)
+        operation = waiter.operation
+        self._audit.ended(self._books.now, Kind.RELEASED, key, option.pool, option.shares, operation.tenant)
         touched = self._books.touched(option.buckets)
         for ticket in waiter.tickets:
             self.answers.append((ticket, an.Denied(Reason.RELEASED, option.pool, None, None, touched)))

@@ -16,6 +16,7 @@ from paceline.engine import events as ev
 from paceline.engine import operations as op
 from paceline.engine.accounting import Prices, Sizes, Usage, UsageKind, expected_usage
 from paceline.engine.answers import Answer
+from paceline.engine.audit import Kind
 from paceline.engine.books import Books
 from paceline.engine.bucket import EndKind
 from paceline.engine.dimensions import Dimension, Window
@@ -55,6 +56,7 @@ class Settling:
         self._teacher = teacher
         self._stats = stats
         self._hindsight = stats.hindsight
+        self._audit = stats.audit
         self._expiries = [(one.expires_at, one.key) for one in books.state.open.values()]
         heapify(self._expiries)
 
@@ -103,6 +105,7 @@ class Settling:
             forfeits,
             (numbers, reservation.holds),
         )
+        self._ended(Kind.SETTLED, reservation, charged.amounts, charged.cost)
         if outcome.observation is not None:
             self._teacher.observe(
                 reservation.pool,
@@ -134,6 +137,17 @@ class Settling:
         books.emit(ev.Replaced(operation.key, charged.amounts, forfeits, charged.overs, charged.cost))
         self._stats.settled(ended.pool, outcome)
         self._hindsight.settled(operation.key, ended.pool, "", outcome, charged.amounts, forfeits)
+        self._audit.ended(
+            books.now,
+            Kind.SETTLED,
+            operation.key,
+            ended.pool,
+            ended.shares,
+            "",
+            ended.buckets,
+            charged.amounts,
+            charged.cost,
+        )
         self._teacher.observe(
             ended.pool,
             outcome.observation,
@@ -169,6 +183,17 @@ class Settling:
         self._book(key, context.pool, context.shares, numbers, charged, context.granted_at, made_at)
         self._stats.settled(context.pool, outcome)
         self._hindsight.settled(key, context.pool, context.tenant, outcome)
+        self._audit.ended(
+            books.now,
+            Kind.SETTLED,
+            key,
+            context.pool,
+            context.shares,
+            context.tenant,
+            numbers,
+            charged.amounts,
+            charged.cost,
+        )
         self._teacher.observe(
             context.pool,
             outcome.observation,
@@ -208,6 +233,17 @@ class Settling:
         self._book(operation.key, candidate.pool, candidate.shares, numbers, charged, granted_at, made_at)
         self._stats.settled(candidate.pool, outcome)
         self._hindsight.settled(operation.key, candidate.pool, operation.tenant, outcome)
+        self._audit.ended(
+            books.now,
+            Kind.SETTLED,
+            operation.key,
+            candidate.pool,
+            candidate.shares,
+            operation.tenant,
+            numbers,
+            charged.amounts,
+            charged.cost,
+        )
         self._teacher.observe(
             candidate.pool,
             outcome.observation,
@@ -349,6 +385,7 @@ class Settling:
             nothing = (0,) * len(ended.buckets)
             forfeits = self.forfeits(ended.buckets, ended.charges, nothing, ended.ordinal, ended.ended_at)
             self._books.emit(ev.Replaced(key, nothing, forfeits, nothing, 0, released=True))
+            self._audit.ended(self._books.now, Kind.RELEASED, key, ended.pool, ended.shares, "", ended.buckets, nothing)
             self._teacher.hold_to_readings(ended.buckets, self._books.now)
             return an.Released(released=True, late=True)
         return an.Released(duplicate=True)
@@ -365,6 +402,7 @@ class Settling:
         forfeits = self.forfeits(reservation.buckets, reservation.holds, nothing, reservation.ordinal)
         self._books.emit(ev.Released(reservation.key, forfeits))
         self._hindsight.released(reservation.key, forfeits)
+        self._ended(Kind.RELEASED, reservation, nothing, 0)
         self._teacher.hold_to_readings(reservation.buckets, self._books.now)
 
     def expire(self) -> None:
@@ -397,6 +435,20 @@ class Settling:
         self._teacher.hold_to_readings(numbers, self._books.now)
         self._stats.expired(reservation.pool)
         self._hindsight.expired(reservation.key, charged.amounts, forfeits)
+        self._ended(Kind.EXPIRED, reservation, charged.amounts, charged.cost)
+
+    def _ended(self, kind: Kind, reservation: Reservation, charges: tuple[int, ...], cost: int) -> None:
+        self._audit.ended(
+            self._books.now,
+            kind,
+            reservation.key,
+            reservation.pool,
+            reservation.shares,
+            reservation.tenant,
+            reservation.buckets,
+            charges,
+            cost,
+        )
 
     def forget(self) -> None:
         """Bound the memory of ended reservations, in number and in age; after a pause, over some steps."""

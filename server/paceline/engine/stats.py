@@ -6,6 +6,7 @@ from bisect import bisect_left
 from collections import Counter
 
 from paceline.engine.answers import Reason, Would
+from paceline.engine.audit import Audit
 from paceline.engine.hindsight import Hindsight
 from paceline.engine.operations import Outcome, Priority, Refusal
 
@@ -33,6 +34,7 @@ class Stats:
         self.short: Counter[int] = Counter()
         """Denials while a budget for a day or a month had too little left, by the number of its bucket."""
         self.hindsight = Hindsight()
+        self.audit = Audit()
 
     def granted(self, pool: str, priority: Priority, count: int, waited_us: int, would: Would | None) -> None:
         address = (pool, priority)

@@ -12,7 +12,19 @@ from paceline.engine.books import Books
 from paceline.engine.dimensions import SECOND_US, WINDOW_US
 from paceline.engine.fair import Cost, Node
 from paceline.engine.outside import HALVES_US
-from paceline.engine.queue import LINGER_US, PIECE_SECONDS, Ahead, Leaf, Line, Option, Waiter, costs_of, leaf_key
+from paceline.engine.queue import (
+    CALLS,
+    LINGER_US,
+    NOTHING,
+    PIECE_SECONDS,
+    Ahead,
+    Leaf,
+    Line,
+    Option,
+    Waiter,
+    costs_of,
+    leaf_key,
+)
 from paceline.engine.state import Reservation
 from paceline.engine.teaching import Teacher
 from paceline.engine.urgent import Urgent
@@ -58,12 +70,16 @@ class Turns:
 
     # -- a newcomer -------------------------------------------------------------------------------------------------
 
-    def may_pass(self, option: Option, operation: op.Reserve) -> bool:
-        """Whether nobody whose turn comes first waits for anything that this option would use."""
+    def may_pass(self, option: Option, operation: op.Reserve, *, look: bool = False) -> bool:
+        """Whether nobody whose turn comes first waits for anything that this option would use.
+
+        With ``look`` it does not come: no place is made for it.
+        """
         line = self._waiting.lines.get(option.pool)
         if line is None or not len(line):
             return True
-        leaf, now, tree = line.leaf(leaf_key(operation, option)), self._books.now, line.tree
+        key, now, tree = leaf_key(operation, option), self._books.now, line.tree
+        leaf = line.glimpse(key) if look else line.leaf(key)
         if leaf.size:
             return False
         shares = []
@@ -120,7 +136,9 @@ class Turns:
         if line is None or not len(line):
             return {}
         option.costs = costs_of(self._books.state.buckets, option)
-        return line.ahead(leaf_key(operation, option), option)
+        found = line.ahead(leaf_key(operation, option), option)
+        option.before = found.get(CALLS, NOTHING).amount
+        return found
 
     def expect(self, waiter: Waiter) -> None:
         """Note by when a waiter will have had its turn, if it gets no more than what it is entitled to."""
@@ -298,7 +316,7 @@ class Turns:
             if len(self._books.state.open) + waiter.operation.count > self._books.caps.open:
                 # Not a matter of time: the next call that ends brings a step of its own.
                 break
-            turns = [self._turn(waiter, option) for option in _beside(waiter, head)]
+            turns = [self.turn(waiter, option) for option in _beside(waiter, head)]
             times += [turn for turn in turns if turn is not None]
             stopped = self._stopped_by_share(leaf, waiter, head)
             piece = self._piece(head)
@@ -345,7 +363,7 @@ class Turns:
                 at = max(at, now + (min(wait, HALVES_US) if bucket.outside else wait))
         return [at]
 
-    def _turn(self, waiter: Waiter, option: Option) -> int | None:
+    def turn(self, waiter: Waiter, option: Option) -> int | None:
         """When the levels will have risen enough; ``None``: no time can be said."""
         state, now = self._books.state, self._books.now
         count = 1 if waiter.operation.partial else waiter.operation.count

@@ -34,7 +34,7 @@ from paceline.engine.operations import (
 )
 from paceline.engine.state import Ended, Pool, Reservation, State
 from paceline.engine.waiting import Pending
-from paceline.frontend import admin_shares, learned, report, view
+from paceline.frontend import admin_shares, explain, learned, report, view
 from paceline.frontend.admin_fleet import ADMIN, Fleet, Method, NotHere, page_size, serve_call
 from paceline.frontend.admin_watch import CHANGES, Elsewhere, Hub, Trackers
 from paceline.frontend.advice import Adviser
@@ -51,7 +51,7 @@ from paceline.frontend.limits import (
 )
 from paceline.frontend.places import Places
 from paceline.frontend.replies import money
-from paceline.frontend.requests import duration_us, label, uuid_of
+from paceline.frontend.requests import Requests, duration_us, label, uuid_of
 from paceline.frontend.routing import Router, Slot
 from paceline.frontend.session import Context
 from paceline.ledger.errors import LedgerError
@@ -80,7 +80,8 @@ Handler = Callable[[bytes], Awaitable[bytes]]
 
 class Admin:
     """The service. ``provider_of`` names the provider of an account; ``fleet``: other processes own ledgers too;
-    ``tiers``: what the catalogue says of pools; ``alerts``: what stands in a ledger, for those that watch."""
+    ``tiers``: what the catalogue says of pools; ``alerts``: what stands in a ledger, for those that watch;
+    ``requests``: reads calls that are not made, to explain them."""
 
     def __init__(
         self,
@@ -91,8 +92,10 @@ class Admin:
         fleet: Fleet | None = None,
         tiers: Tiers | None = None,
         alerts: Callable[[str], Iterator[tuple[str, pb.WatchEvent]]] | None = None,
+        requests: Requests | None = None,
     ) -> None:
         self._fleet = fleet
+        self._requests = requests
         self._alerts = alerts
         self._tiers = Tiers(CatalogueSpec(), {}) if tiers is None else tiers
         self._router = router
@@ -193,11 +196,13 @@ class Admin:
         async def handle(raw: bytes, context: Context) -> bytes:
             problem: Problem
             try:
-                self._authenticator.administrator(context.invocation_metadata())
+                identity = self._authenticator.administrator(context.invocation_metadata())
                 try:
                     message = method.request.FromString(raw)
                 except DecodeError:
                     raise undecodable() from None
+                if isinstance(message, pb.ExplainRequest) and message.HasField("request"):
+                    message.identity = message.identity or identity.name
                 body = (await self._serve(name, message)).SerializeToString()
                 self.requests[name, "OK"] += 1
                 return body
@@ -525,8 +530,14 @@ class Admin:
     def _again(self, number: str, key: str) -> pb.Reservation:
         return self._reservation(*self._find(number, key.rpartition("/")[0]))
 
-    async def _explain(self, _: pb.ExplainRequest) -> pb.ExplainResponse:
-        raise _later("subject", "explanations: they need the audit export, which is not written yet")
+    async def _explain(self, request: pb.ExplainRequest) -> pb.ExplainResponse:
+        if explain.subject(request) == "reservation_id":
+            names = [request.identity] if request.identity else self._authenticator.names()
+            return explain.reservation(self._books(""), names, request.reservation_id, self._reservation)
+        identity = self._authenticator.named(request.identity)
+        if self._requests is None or identity is None:
+            raise refused("identity", "is not one that is configured")
+        return explain.request(self._router.slots, self._requests, identity, request.request)
 
     async def _get_report(self, request: pb.GetReportRequest) -> pb.GetReportResponse:
         tenant = label(request.tenant, "tenant")

@@ -17,6 +17,7 @@ import msgspec
 from google.protobuf.message import DecodeError, Message
 
 from paceline.frontend.errors import Code, Problem, invalid, missing, refused, unavailable, unexpected
+from paceline.frontend.explained import KNOWN, merged
 from paceline.frontend.limits import ADMIN_TIMEOUT_US, DEFAULT_PAGE_SIZE, MAX_PAGE_SIZE
 from paceline.frontend.peers.transport import PeerRefused, PeerUnreachable, Transport
 from paceline.frontend.replies import CURRENCY
@@ -171,6 +172,8 @@ class Fleet:
             return await self._set_mode(request)
         if name == "GetReservation":
             return (await self._reservation(request))[1]
+        if name == "Explain":
+            return await self._explain(request)
         if name in _RESERVATION_CHANGES:
             return await self._change_reservation(name, request)
         if name in _OF_LEDGER:
@@ -295,6 +298,36 @@ class Fleet:
             raise refused("identity", "several identities use this id: name one")
         granted = [each for each in found if each[1].reservation.state != pb.RESERVATION_STATE_TOMBSTONE]
         return (alive or granted or found)[0]
+
+    async def _explain(self, request: Message) -> Message:
+        """What all processes know of a reservation, or say of a call, as one."""
+        sites, lost = self._sites()
+        found: list[pb.ExplainResponse] = []
+        away: Problem | None = None
+        last: Problem | None = None
+        for site in sites:
+            try:
+                answer = await self._ask(site, "Explain", request)
+            except NotHere as problem:
+                last = problem
+                if problem.code is Code.UNAVAILABLE:
+                    away = problem
+            except Problem as problem:
+                if not site.address or problem.code is not Code.UNAVAILABLE:
+                    raise
+                away = problem
+            else:
+                if isinstance(answer, pb.ExplainResponse):
+                    found.append(answer)
+        if away is None and lost:
+            away = unavailable(f"ledger {lost[0]!r} has no owner now, and may know it: ask again")
+        decided = any(each.reservation.state in KNOWN for each in found)
+        if away is not None and not decided:
+            # What is away may have what others only denied, or would grant what others would not.
+            raise away
+        if not found:
+            raise last or missing("reservation_id: no reservation of this id is on the books")
+        return merged(found)
 
     async def _change_reservation(self, name: str, request: Message) -> Message:
         asked = pb.GetReservationRequest(

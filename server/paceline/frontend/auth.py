@@ -117,6 +117,12 @@ class Authenticator:
         """The identities that there can be."""
         return [*dict.fromkeys(identity.name for identity in self._identities), ANONYMOUS]
 
+    def named(self, name: str) -> Identity | None:
+        """An identity by its name; ``None``: there is none of this name."""
+        if name == ANONYMOUS and self.open:
+            return self._anonymous
+        return next((identity for identity in self._identities if identity.name == name), None)
+
     def identify(self, metadata: Metadata | None) -> Identity:
         """The identity of a request. Raises :class:`Problem`."""
         if not self._identities:

@@ -11,6 +11,7 @@ from paceline.engine.stats import WAIT_BOUNDS_US
 from paceline.frontend import desk as kinds
 from paceline.frontend.admin import Admin
 from paceline.frontend.alerts import Alerts
+from paceline.frontend.audit_export import AuditExport
 from paceline.frontend.coordinator import Coordinator
 from paceline.frontend.fleet import FleetSlot
 from paceline.frontend.routing import Slot
@@ -19,6 +20,7 @@ from paceline.ledger.keeper import Keeper
 from paceline.ledger.options import LATENCY_BUCKETS, Statistics
 from paceline.telemetry import (
     AlertFigures,
+    AuditFigures,
     Figures,
     FleetFigures,
     Histogram,
@@ -41,7 +43,11 @@ _APPEND_BOUNDS = tuple((1 << power) / 1e6 for power in range(LATENCY_BUCKETS - 1
 
 
 def figures(
-    slots: Iterable[Slot], traffic: Traffic, keeper: Keeper | None = None, alerts: Alerts | None = None
+    slots: Iterable[Slot],
+    traffic: Traffic,
+    keeper: Keeper | None = None,
+    alerts: Alerts | None = None,
+    audit: AuditExport | None = None,
 ) -> Figures:
     """Everything, at this moment. ``keeper``: ledgers move between this process and others."""
     slots = list(slots)
@@ -52,6 +58,7 @@ def figures(
         [_route(slot, keeper) for slot in slots],
         None if keeper is None else _fleet(keeper, slots),
         AlertFigures() if alerts is None else _alerts(alerts),
+        None if audit is None else AuditFigures(audit.file.written, audit.dropped),
     )
 
 

@@ -155,8 +155,7 @@ class Replies:
     def denied(self, answer: Denied) -> bytes:
         """A ReserveResponse."""
         denial = pb.Denial(reason=REASONS[answer.reason], pool=answer.pool)
-        limit = "a limit" if answer.binding is None else _NAMES[answer.binding]
-        denial.message = _WORDS[answer.reason].format(limit=limit)
+        denial.message = denial_words(answer.reason, answer.binding)
         if answer.retry_after_us is not None:
             denial.retry_after.FromMicroseconds(answer.retry_after_us)
         response = pb.ReserveResponse(denial=denial).SerializeToString()
@@ -245,6 +244,11 @@ def _settlement(pool: str, dimension: Dimension, window: Window | None) -> bytes
     if window is not None:
         message.window = pb.Window.ValueType(window)
     return message.SerializeToString()
+
+
+def denial_words(reason: Reason, binding: Dimension | None) -> str:
+    """Why a call was denied, for people."""
+    return _WORDS[reason].format(limit="a limit" if binding is None else _NAMES[binding])
 
 
 def draining() -> bytes:

@@ -13,6 +13,7 @@ import stat
 import sys
 import time
 from collections.abc import Callable, Coroutine
+from pathlib import Path
 from typing import Any
 
 import grpc
@@ -38,6 +39,7 @@ from paceline.engine.engine import Caps as EngineCaps
 from paceline.frontend import admin as administration
 from paceline.frontend.admin_fleet import Fleet
 from paceline.frontend.alerts import Alerts, Webhook
+from paceline.frontend.audit_export import AuditExport
 from paceline.frontend.auth import Authenticator, Identity
 from paceline.frontend.context import META_KEY, Signer, new_key
 from paceline.frontend.coordinator import SERVICE, Coordinator
@@ -70,6 +72,7 @@ from paceline.providers import Catalogue, Target
 from paceline.providers.headers import ALLOWED_HEADERS, FAMILIES, parse
 from paceline.providers.tiers import Tiers
 from paceline.telemetry import Endpoint, Figures
+from paceline.telemetry.rotation import RotatingFile
 from paceline_client.stubs import v1 as pb
 
 _log = structlog.get_logger(__name__)
@@ -91,6 +94,8 @@ _STORE_PAUSE_SECONDS = 1.0
 _DRAIN_POLL_SECONDS = 0.02
 _WEBHOOK_SECONDS = 2.0
 """For the last alerts to be posted."""
+_AUDIT_SECONDS = 2.0
+"""For the last decisions to be written."""
 _ALONE_SECONDS = 1.0
 """Draining, with nobody there for so long: nobody comes back for what is granted."""
 
@@ -140,6 +145,8 @@ class Server:
         self.shares: Shares
         self.membership: Membership
         self.metrics: Endpoint | None = None
+        self.audit: AuditExport | None = None
+        """Writes decisions to files, if any are configured."""
         self._seen = 0.0
         """When somebody was last connected, while draining."""
         self._server: grpc.aio.Server | None = None
@@ -162,6 +169,7 @@ class Server:
             self._server = self._listen(where, self.config.limits.max_message_bytes)
             await self._server.start()
             self._offer_metrics()
+            self._open_audit()
         except (StoreError, LedgerError, StartError, PeerUnreachable) as error:
             await self._undo()
             raise StartError(str(error)) from error
@@ -173,6 +181,8 @@ class Server:
             raise
         self._spawn(self._refresh())
         self._spawn(self.alerts.run())
+        if self.audit is not None:
+            self._spawn(self.audit.run())
         self._spawn(self.shares.run(self._ask_shares))
         self._health_changed()
         if self.authenticator.open and not _is_local(self.config.listen):
@@ -246,7 +256,7 @@ class Server:
             fleet = Fleet(membership.node, membership, membership.transport, machine.form)
         tiers = Tiers(self.catalogue.spec, self.catalogue.accounts)
         self.admin = administration.Admin(
-            self.router, self.authenticator, places, self._provider_of, fleet, tiers, self.alerts.watched
+            self.router, self.authenticator, places, self._provider_of, fleet, tiers, self.alerts.watched, requests
         )
         membership.methods.update(self.admin.peer_handlers())
         return accounts
@@ -288,10 +298,25 @@ class Server:
             remedy = "choose another address in `metrics_listen`, or off"
             raise StartError(f"cannot offer metrics on {listen}: {error.strerror}; {remedy}") from None
 
+    def _open_audit(self) -> None:
+        spec = self.config.audit
+        if not spec.path:
+            return
+        path = Path(spec.path)
+        if self.worker is not None and self.worker.index:
+            path = path.with_name(f"{path.stem}-{self.worker.index}{path.suffix}")
+        try:
+            file = RotatingFile(path, spec.max_bytes, spec.files)
+        except OSError as error:
+            raise StartError(
+                f"cannot write the audit to {path}: {error.strerror}; choose another `audit.path`, or remove it"
+            ) from None
+        self.audit = AuditExport(lambda: self.router.slots.values(), file)
+
     def figures(self) -> Figures:
         """What the metrics show."""
         counted = traffic(self.coordinator, self.sessions, self.admin)
-        return figures(self.router.slots.values(), counted, self.membership.keeper, self.alerts)
+        return figures(self.router.slots.values(), counted, self.membership.keeper, self.alerts, self.audit)
 
     def _provider_of(self, account: str) -> str:
         setup = self.catalogue.accounts.get(account)
@@ -405,6 +430,8 @@ class Server:
         for task in list(self._tasks):
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
+        if self.audit is not None:
+            await self.audit.close(_AUDIT_SECONDS)
         await self.store.close()
 
     def _busy(self) -> bool:

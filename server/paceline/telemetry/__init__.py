@@ -9,6 +9,7 @@ from __future__ import annotations
 from paceline.telemetry.endpoint import Endpoint
 from paceline.telemetry.figures import (
     AlertFigures,
+    AuditFigures,
     Figures,
     FleetFigures,
     Histogram,
@@ -22,6 +23,7 @@ from paceline.telemetry.logs import set_up_logging
 
 __all__ = [
     "AlertFigures",
+    "AuditFigures",
     "Endpoint",
     "Figures",
     "FleetFigures",

@@ -581,6 +581,17 @@ METRICS: tuple[Metric | HistogramMetric, ...] = (
         lambda figures: (((), figures.alerts.queued),) if figures.alerts.posted else (),
         Kind.GAUGE,
     ),
+    # audit
+    Metric(
+        "paceline.audit.decisions",
+        "{decision}",
+        "Decisions by what became of them in the files of the audit; dropped are those that the disk did not take in "
+        "time. Absent without such files.",
+        ("written",),
+        lambda figures: (
+            () if figures.audit is None else ((("yes",), figures.audit.written), (("dropped",), figures.audit.dropped))
+        ),
+    ),
     # the front end
     Metric(
         "paceline.requests",
@@ -637,5 +648,6 @@ LABELS = {
     "status": "a gRPC status, like OK or UNAVAILABLE",
     "kind": ", ".join(ALERT_KINDS),
     "result": ", ".join(POSTED),
+    "written": "yes, dropped",
 }
 """What each label says. Tenants, routes, shares and ids are never labels: there is no bound to them."""

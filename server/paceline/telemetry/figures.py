@@ -149,6 +149,14 @@ class AlertFigures:
 
 
 @dataclass(frozen=True, slots=True)
+class AuditFigures:
+    """Decisions for the files of the audit, since the start of the process."""
+
+    written: int = 0
+    dropped: int = 0
+
+
+@dataclass(frozen=True, slots=True)
 class Figures:
     """Everything, at one moment."""
 
@@ -159,3 +167,5 @@ class Figures:
     fleet: FleetFigures | None = None
     """``None``: no other process owns ledgers of this store."""
     alerts: AlertFigures = field(default_factory=AlertFigures)
+    audit: AuditFigures | None = None
+    """``None``: no file is configured."""
