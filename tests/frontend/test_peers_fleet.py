@@ -120,6 +120,30 @@ async def test_an_id_over_several_accounts_has_one_grant(pair: Pair) -> None:
     assert open_ == 1
 
 
+async def test_a_turn_is_taken_wherever_it_comes(pair: Pair) -> None:
+    """Of two ledgers, through their owner and through the other server."""
+    accounts = ("second", "third")
+    for account in accounts:
+        assert (await pair.at_other.reserve(account=account, input_tokens=59_990)).HasField("grant")
+    for first in (0, 1):
+        for caller in (pair.at_other, pair.at_owner):
+            request = reserve(wait=50, input_tokens=30_000)
+            request.candidates.add().CopyFrom(request.candidates[0])
+            for place, account in enumerate(accounts):
+                request.candidates[place].target.account = account
+            request.candidates[first].estimate.input_tokens = 100
+            granted = await caller.reserve(request)
+            assert granted.grant.target.account == accounts[first]
+            number = request.reservation_id
+            # Found without its context, though the other ledger has a tombstone of it.
+            for each in (pair.at_other, pair.at_owner):
+                assert (await each.reserve(request)).grant.target.account == accounts[first]
+                await each.coordinator.Renew(pb.RenewRequest(reservation_id=number))
+            assert (await caller.coordinator.Release(pb.ReleaseRequest(reservation_id=number))).released
+    states = [slot.engine for server in (pair.owner, pair.other) for slot in server.router.slots.values()]
+    await until(lambda: not any(engine.waiting() for engine in states if engine is not None))
+
+
 async def test_a_planned_stop_fails_no_call_and_keeps_places(pair: Pair) -> None:
     talk = Talk(pair.at_other)
     await talk.hello()

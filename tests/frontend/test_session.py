@@ -345,11 +345,11 @@ async def test_cancelling_a_reserve_over_several_accounts() -> None:
         assert (await talk.answer(100)).error.code == CANCELLED
         await asyncio.sleep(0.3)
         assert not state_of(server, "two").open
-        assert not server.desk.wides
+        assert not server.desk.spreads.running
         assert not server.desk.undelivered
         # The other way: what the first one asked has granted goes back.
         request = reserve(account="two")
         request.candidates.append(reserve(account="one").candidates[0])
         await talk.send(pb.RequestItem(number=200, reserve=request), pb.RequestItem(number=201, cancel=200))
         assert (await talk.answer(201)).cancel.cancelled
-        await until(lambda: not state_of(server, "two").open and not server.desk.wides)
+        await until(lambda: not state_of(server, "two").open and not server.desk.spreads.running)

@@ -281,6 +281,50 @@ async def test_ladders() -> None:
         assert violations(caught.value) == ["ladder"]
 
 
+async def test_a_ladder_by_tenant_and_priority() -> None:
+    ladders = {name: [{"model": MODEL, "max_output_tokens": most}] for name, most in LADDERS.items()}
+    rules = [
+        {"ladder": "chat", "tenant": "acme", "use": "acme"},
+        {"ladder": "chat", "priority": "batch", "use": "batch"},
+        {"ladder": "chat", "tenant": "acme", "priority": "interactive", "use": "urgent"},
+    ]
+    cases = [
+        ("", pb.PRIORITY_UNSPECIFIED, "chat"),
+        ("other", pb.PRIORITY_INTERACTIVE, "chat"),
+        ("other", pb.PRIORITY_BATCH, "batch"),
+        ("acme", pb.PRIORITY_STANDARD, "acme"),
+        ("acme", pb.PRIORITY_BATCH, "acme"),
+        ("acme", pb.PRIORITY_INTERACTIVE, "urgent"),
+    ]
+    async with running({"ladders": ladders, "ladder_rules": rules}) as server, calling(server) as caller:
+        for tenant, priority, name in cases:
+            request = pb.ReserveRequest(reservation_id=new_id(), ladder="chat", tenant=tenant, priority=priority)
+            request.ladder_estimate.output_tokens = 10
+            assert (await caller.reserve(request)).grant.max_output_tokens == LADDERS[name]
+        # A ladder by its own name is nobody's but that.
+        request = pb.ReserveRequest(reservation_id=new_id(), ladder="batch", tenant="acme")
+        request.ladder_estimate.output_tokens = 10
+        assert (await caller.reserve(request)).grant.max_output_tokens == LADDERS["batch"]
+
+
+LADDERS = {"chat": 101, "acme": 102, "batch": 103, "urgent": 104}
+
+
+async def test_a_smaller_output_is_a_rung() -> None:
+    """Of a ladder over two accounts: in full at the first, in part there, then in full at the second."""
+    accounts = {name: {"provider": "openai", "pools": {"gpt-5": {"requests": 60, "tokens": 2_000}}} for name in "ab"}
+    rungs = [{"account": name, "model": "gpt-5", "max_output_tokens": 1_500} for name in "ab"]
+    rungs[0]["min_output_tokens"] = 300
+    async with running({"accounts": accounts, "ladders": {"chat": rungs}}) as server, calling(server) as caller:
+        got = []
+        for _ in range(4):
+            request = pb.ReserveRequest(reservation_id=new_id(), ladder="chat")
+            request.ladder_estimate.input_tokens = 10
+            answer = await caller.reserve(request)
+            got.append((answer.grant.target.account, answer.grant.max_output_tokens, answer.grant.candidate_index))
+        assert got == [("a", 1_500, 0), ("a", 300, 0), ("b", 1_500, 1), ("", 0, 0)]
+
+
 # -- several accounts ---------------------------------------------------------------------------------------------
 
 TWO = {
@@ -308,7 +352,7 @@ async def test_candidates_over_accounts() -> None:
         third = await caller.reserve(either())
         assert third.denial.reason == pb.DENIAL_REASON_LIMIT
         assert third.denial.retry_after.ToMicroseconds() > 0
-        assert not server.desk.wides
+        assert not server.desk.spreads.running
         assert not server.desk.undelivered
 
 
@@ -329,21 +373,51 @@ async def test_an_id_has_one_grant_over_all_accounts() -> None:
         assert violations(caught.value) == ["reservation_id"]
 
 
-async def test_waiting_over_accounts_is_at_the_first() -> None:
+@pytest.mark.parametrize(("place", "account"), [(0, "default"), (1, "second")])
+async def test_waiting_over_accounts_takes_the_first_turn(place: int, account: str) -> None:
     async with running(TWO) as server, calling(server) as caller:
         await asyncio.gather(caller.reserve(either()), caller.reserve(either()))
-        request = either(wait=0)
-        request.candidates[0].estimate.input_tokens = 210
-        request.max_wait.seconds = 5
+        request = either()
+        for each, candidate in enumerate(request.candidates):
+            candidate.estimate.input_tokens = 210 if each == place else 400
+        request.max_wait.seconds = 18
         granted = await caller.reserve(request)
-        assert granted.grant.target.account == "default"
+        assert granted.grant.target.account == account
+        assert granted.grant.candidate_index == place
         assert granted.grant.waited.ToMicroseconds() > 0
-        waiting = caller.coordinator.Reserve(either(wait=60))
-        await asyncio.sleep(0.1)
-        waiting.cancel()
         engines = [slot.engine for slot in server.router.slots.values()]
         await until(lambda: not any(engine and engine.waiting() for engine in engines))
-        await until(lambda: not server.desk.undelivered)
+        assert sum(len(state_of(server, name).open) for name in TWO["accounts"]) == 3
+
+
+async def test_whoever_waits_over_accounts_may_give_up() -> None:
+    async with running(TWO) as server, calling(server) as caller:
+        await asyncio.gather(caller.reserve(either()), caller.reserve(either()))
+        waiting = caller.coordinator.Reserve(either(wait=60))
+        engines = [slot.engine for slot in server.router.slots.values()]
+        await until(lambda: all(engine and engine.waiting() for engine in engines))
+        waiting.cancel()
+        await until(lambda: not any(engine and engine.waiting() for engine in engines))
+        await until(lambda: not server.desk.undelivered and not server.desk.spreads.running)
+
+
+async def test_what_the_others_gave_up_hides_no_grant() -> None:
+    """The id is withdrawn at the account that lost, and stands at the one that won."""
+    async with running(TWO) as server, calling(server) as caller:
+        await asyncio.gather(caller.reserve(either()), caller.reserve(either()))
+        request = either()
+        request.candidates[0].estimate.input_tokens = 400
+        request.candidates[1].estimate.input_tokens = 240
+        request.max_wait.seconds = 18
+        granted = await caller.reserve(request)
+        assert granted.grant.target.account == "second"
+        await until(lambda: any(request.reservation_id in key for key in state_of(server).ended))
+        assert (await caller.reserve(request)).grant.context == granted.grant.context
+        renewed = await caller.coordinator.Renew(pb.RenewRequest(reservation_id=request.reservation_id))
+        assert renewed.expires_in.ToMilliseconds() > 1_000
+        settled = await caller.coordinator.Commit(commit(request, b""))
+        assert settled.settlements[0].pool == "anthropic/second/sonnet-4"
+        assert (await caller.coordinator.Commit(commit(request, b""))).duplicate
 
 
 async def test_a_release_without_context_reaches_every_ledger() -> None:

@@ -34,6 +34,7 @@ def problems(config: Config) -> Problems:
         yield from _under(("accounts", name), _account(account, account_provider(config, account), known))
     yield from _shares(config)
     yield from _ladders(config, known)
+    yield from _ladder_rules(config)
     yield from _modes(config, known)
     yield from _identities(config)
     yield from _webhook(config)
@@ -284,6 +285,23 @@ def _ladders(config: Config, known: Catalogue) -> Problems:
                     ("ladders", name),
                     f"has {len(expanded)} candidates, limits.max_candidates is {allowed}; shorten it",
                 )
+
+
+def _ladder_rules(config: Config) -> Problems:
+    seen: set[tuple[str, str, str | None]] = set()
+    for index, rule in enumerate(config.ladder_rules):
+        here: Path = ("ladder_rules", index)
+        for field, name in (("ladder", rule.ladder), ("use", rule.use)):
+            if name not in config.ladders:
+                yield (*here, field), _no("ladder", name, config.ladders)
+        if not rule.tenant and rule.priority is None:
+            yield here, "names neither tenant nor priority; name one, or change the ladder itself"
+        if rule.use == rule.ladder:
+            yield (*here, "use"), "is the ladder itself; name another one, or remove the rule"
+        address = (rule.ladder, rule.tenant, rule.priority)
+        if address in seen:
+            yield here, "has the same ladder, tenant and priority as a rule above; keep one"
+        seen.add(address)
 
 
 def _modes(config: Config, known: Catalogue) -> Problems:

@@ -180,6 +180,18 @@ class CandidateSpec(Strict):
         )
 
 
+class LadderRule(Strict):
+    """What a ladder's name means to a tenant, to a priority, or to a tenant's calls of a priority. The most specific
+    rule wins, the tenant before the priority."""
+
+    ladder: Label
+    """The name that callers give."""
+    tenant: Plain = ""
+    priority: PriorityName | None = None
+    use: Label
+    """The ladder that it stands for."""
+
+
 class ModeRule(Strict):
     """The mode of a tenant, of a pool, or of a tenant in a pool. The most specific rule wins."""
 
@@ -260,6 +272,8 @@ class Config(Strict):
     priorities: dict[PriorityName, PrioritySpec] = Field(default_factory=dict)
     ladders: dict[Label, tuple[CandidateSpec, ...]] = Field(default_factory=dict)
     """Named lists of candidates, best first."""
+    ladder_rules: tuple[LadderRule, ...] = ()
+    """Where the name of a ladder means another one."""
     modes: ModesSpec = ModesSpec()
     identities: tuple[IdentitySpec, ...] = ()
     catalogue: CatalogueExtension = CatalogueExtension()

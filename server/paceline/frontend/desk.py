@@ -7,29 +7,26 @@ to report: :meth:`Desk.abandon` then gives the reservation back, unless the same
 from __future__ import annotations
 
 import asyncio
-from collections import deque
 from collections.abc import Callable, Sequence
 from typing import Protocol
 
-import msgspec
-
-from paceline.engine.answers import Answer, Committed, Denied, Granted, Invalid, Reason, Released, Renewed, Touched
+from paceline.engine.answers import Answer, Committed, Denied, Granted, Invalid, Released, Renewed, Touched
 from paceline.engine.dimensions import Dimension
-from paceline.engine.operations import NO_PRICES, Context, Release, Reserve
+from paceline.engine.operations import NO_PRICES, Context, Release
 from paceline.frontend.auth import Caller
 from paceline.frontend.errors import Code, Problem, exhausted, refused, unavailable, unexpected
 from paceline.frontend.limits import MAX_ORPHANS, ORPHAN_GRACE_US
 from paceline.frontend.places import Destination
 from paceline.frontend.replies import Replies, draining
-from paceline.frontend.requests import Known, Recall, Requests, Reservation
+from paceline.frontend.requests import Known, Recall, Requests
 from paceline.frontend.routing import Found, Router, Slot, look_up
+from paceline.frontend.spread import Spread, Spreads, used, withdrawn
 from paceline.ledger.errors import (
     LedgerBusy,
     LedgerDraining,
     LedgerError,
     LedgerFault,
     LedgerStopped,
-    LedgerUnavailable,
 )
 from paceline_client.stubs import v1 as pb
 
@@ -43,8 +40,6 @@ CANCEL = 7
 ERROR = 8
 
 _NO_CHOICES: tuple[tuple[int, Destination], ...] = ()
-_NOBODY_WAITS = frozenset({Reason.RELEASED, Reason.TOO_LARGE, Reason.POOL_CLOSED, Reason.POOL_PAUSED})
-"""Denials that waiting does not change."""
 
 
 class Sink(Protocol):
@@ -89,7 +84,8 @@ class Ticket:
     context: Context | None = None
     pool = ""
     priced = True
-    wide: Wide | None = None
+    spread: Spread | None = None
+    """It goes to several ledgers, and has no answer yet."""
     found: Found | None = None
     """Where the reservation was found, if it was looked for."""
     is_searched = False
@@ -133,6 +129,11 @@ class Ticket:
             else:
                 self.desk.unclaim(self.key)
             self.sink.failed(self, unexpected("reserve", error))
+
+    def refused(self, problem: Problem) -> None:
+        """A Reserve that no ledger decides."""
+        self.desk.unclaim(self.key)
+        self.sink.failed(self, problem)
 
     def committed(self, answer: Answer | LedgerError) -> None:
         try:
@@ -206,7 +207,7 @@ class Desk:
         self.replies = replies
         self.router = router
         self.draining = False
-        self.wides: dict[str, Wide] = {}
+        self.spreads = Spreads(router)
         self._claims: dict[str, int] = {}
         """Reserves by key whose answer is still to be delivered. Bounded by the caps of the sinks."""
         self._orphans = 0
@@ -237,7 +238,11 @@ class Desk:
         slots = self.router.slots
         if account is None:
             self._claim(key)
-            self._wide(ticket, plan)
+            try:
+                self.spreads.start(ticket, plan)
+            except Problem:
+                self.unclaim(key)
+                raise
             return
         slot = slots.get(account)
         if slot is None:
@@ -340,8 +345,8 @@ class Desk:
 
     def withdraw(self, ticket: Ticket) -> None:
         """Release a Reserve wherever it is now."""
-        if ticket.wide is not None:
-            ticket.wide.withdraw()
+        if ticket.spread is not None:
+            ticket.spread.withdraw()
         elif ticket.slot is not None:
             ticket.slot.submit(Release(ticket.key), _nobody)
 
@@ -429,190 +434,13 @@ class Desk:
             if state is None:
                 continue
             if key in state.open:
-                raise _used()
+                raise used()
             ended = state.ended.get(key)
             if ended is not None:
-                raise _used() if ended.granted_at is not None else _withdrawn()
+                raise used() if ended.granted_at is not None else withdrawn()
 
     def _claim(self, key: str) -> None:
         self._claims[key] = self._claims.get(key, 0) + 1
-
-    def _wide(self, ticket: Ticket, plan: Reservation) -> None:
-        key = plan.operation.key
-        running = self.wides.get(key)
-        if running is not None:
-            running.join(ticket)
-            return
-        wide = Wide(self, ticket, plan)
-        try:
-            known = self.router.known(key)
-            if known is None and self.router.is_spread:
-                self._begin_later(wide, key)
-                return
-            state = None if known is None else known.state
-            ended = None if state is None else state.ended.get(key)
-            wide.begin(known, ended is not None and ended.granted_at is None)
-        except Problem:
-            self.unclaim(key)
-            self.wides.pop(key, None)
-            raise
-
-    def _begin_later(self, wide: Wide, key: str) -> None:
-        async def begin() -> None:
-            try:
-                found = await self.router.locate(key)
-                if found is None:
-                    wide.begin(None, False)
-                else:
-                    wide.begin(found.slot, found.ended and found.age_us is None)
-            except Problem as problem:
-                wide.fail(problem)
-            except Exception as error:
-                wide.fail(unexpected("search", error))
-
-        task = asyncio.get_running_loop().create_task(begin())
-        self._searches.add(task)
-        task.add_done_callback(self._searches.discard)
-
-
-class _Part:
-    """The candidates of one account in a Reserve over several."""
-
-    __slots__ = ("choices", "operation", "slot", "waitable")
-
-    def __init__(self, slot: Slot, operation: Reserve, choices: tuple[tuple[int, Destination], ...]) -> None:
-        self.slot = slot
-        self.operation = operation
-        self.choices = choices
-        self.waitable = False
-
-
-class Wide:
-    """A Reserve over several accounts: ask each ledger in turn without waiting, then wait at the first where it helps.
-
-    At most one ledger is asked at a time, and one that knows the id already is asked first and alone, so that an id has
-    at most one grant. It waits in one ledger only: a turn that comes earlier in another one is missed.
-    """
-
-    def __init__(self, desk: Desk, ticket: Ticket, plan: Reservation) -> None:
-        self._desk = desk
-        self._key = plan.operation.key
-        self._tickets = [ticket]
-        self._parts: deque[_Part] = deque()
-        self._asked: list[_Part] = []
-        self._part: _Part | None = None
-        self._wait_us = plan.operation.max_wait_us
-        self._last: Answer | LedgerError | None = None
-        self._withdrawn = False
-        self._since = asyncio.get_running_loop().time()
-        self._split(plan)
-        desk.wides[self._key] = self
-        ticket.wide = self
-
-    def join(self, ticket: Ticket) -> None:
-        """Another caller of the same id: it gets the same answer."""
-        ticket.wide = self
-        self._tickets.append(ticket)
-
-    def withdraw(self) -> None:
-        """Nobody wants the answer any more: ask no further ledger, and give back what the present one grants."""
-        self._withdrawn = True
-        self._forget()
-        if self._part is not None:
-            self._part.slot.submit(Release(self._key), _nobody)
-
-    def _forget(self) -> None:
-        wides = self._desk.wides
-        # After a withdrawal, the id may have been asked for anew.
-        if wides.get(self._key) is self:
-            del wides[self._key]
-
-    def begin(self, known: Slot | None, withdrawn: bool) -> None:
-        """Ask the first ledger. ``known``: the one that knows the id; ``withdrawn``: from a release of it."""
-        if self._withdrawn:
-            return
-        if known is not None:
-            self._parts = deque(part for part in self._parts if part.slot is known)
-            if not self._parts:
-                raise _withdrawn() if withdrawn else _used()
-        self._next()
-
-    def _split(self, plan: Reservation) -> None:
-        by_account: dict[str, list[int]] = {}
-        for place, (_, destination) in enumerate(plan.choices):
-            by_account.setdefault(destination.account, []).append(place)
-        operation = plan.operation
-        for account, places in by_account.items():
-            index = plan.choices[places[0]][0]
-            slot = self._desk.router.slot(account, f"candidates[{index}].target.account")
-            part = msgspec.structs.replace(
-                operation, candidates=tuple(operation.candidates[place] for place in places), max_wait_us=0
-            )
-            self._parts.append(_Part(slot, part, tuple(plan.choices[place] for place in places)))
-
-    def _next(self) -> None:
-        if self._parts:
-            self._ask(self._parts.popleft())
-            return
-        elapsed = int((asyncio.get_running_loop().time() - self._since) * 1e6)
-        left = self._wait_us - elapsed
-        waitable = next((part for part in self._asked if part.waitable), None)
-        if left > 0 and waitable is not None:
-            self._wait_us = 0
-            waitable.operation = msgspec.structs.replace(waitable.operation, max_wait_us=left)
-            self._ask(waitable)
-        else:
-            self._finish(self._last)
-
-    def _ask(self, part: _Part) -> None:
-        self._part = part
-        part.slot.reserve(part.operation, part.choices, self._reply)
-
-    def _reply(self, answer: Answer | LedgerError) -> None:
-        part = self._part
-        if part is None:
-            return
-        if self._withdrawn:
-            if isinstance(answer, Granted):
-                part.slot.submit(Release(self._key), _nobody)
-            return
-        try:
-            released = isinstance(answer, Denied) and answer.reason is Reason.RELEASED
-            undecided = isinstance(answer, LedgerBusy | LedgerDraining)
-            if released or not (isinstance(answer, Denied) or undecided):
-                # A grant, or nobody knows whether there is one: no other ledger may be asked.
-                self._finish(answer)
-                return
-            if isinstance(answer, Denied):
-                part.waitable = answer.reason not in _NOBODY_WAITS
-                if self._last is None or not isinstance(self._last, Denied) or _sooner(answer, self._last):
-                    self._last = answer
-            elif self._last is None:
-                self._last = answer
-            self._asked.append(part)
-            self._next()
-        except Problem as problem:
-            self.fail(problem)
-        except Exception as error:
-            self.fail(unexpected("reserve", error))
-
-    def _finish(self, answer: Answer | LedgerError | None) -> None:
-        self._forget()
-        part = self._part
-        for ticket in self._tickets:
-            if part is not None:
-                ticket.slot = part.slot
-                ticket.choices = part.choices
-            ticket.wide = None
-            ticket.reserved(LedgerUnavailable("no ledger was asked") if answer is None else answer)
-
-    def fail(self, problem: Problem) -> None:
-        """Tell everybody who waits."""
-        self._forget()
-        for ticket in self._tickets:
-            ticket.wide = None
-            self._desk.unclaim(self._key)
-            ticket.sink.failed(ticket, problem)
 
 
 class _Everywhere:
@@ -648,20 +476,6 @@ def problem_of(error: LedgerError) -> Problem:
     if isinstance(error, LedgerStopped):
         return unavailable("the ledger has stopped itself, and an operator must look at it: see the server's log")
     return unavailable(error.message)
-
-
-def _sooner(one: Denied, other: Denied) -> bool:
-    if one.retry_after_us is None:
-        return False
-    return other.retry_after_us is None or one.retry_after_us < other.retry_after_us
-
-
-def _used() -> Problem:
-    return refused("reservation_id", "was used for a call to another account: use a new id")
-
-
-def _withdrawn() -> Problem:
-    return refused("reservation_id", "was released before: use a new id")
 
 
 def _nobody(_: Answer | LedgerError) -> None:

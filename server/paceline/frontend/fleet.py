@@ -9,7 +9,7 @@ waited already. Ids make it harmless to send an operation twice.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Container, Iterable, Mapping, Sequence
 from random import Random
 from typing import Protocol
 
@@ -24,7 +24,7 @@ from paceline.frontend.limits import MAX_DEFINED_POOLS, MAX_LEDGERS, MAX_PENDING
 from paceline.frontend.peers.link import Link, LinkOptions, Lost, Target
 from paceline.frontend.peers.serving import Handler, Seat, Whereabouts
 from paceline.frontend.peers.transport import Transport
-from paceline.frontend.routing import Found, Reply, Router, SetupOf, Slot, layout_of, look_up
+from paceline.frontend.routing import Found, Inquiry, Reply, Router, SetupOf, Slot, Standing, layout_of, stands, summed
 from paceline.ledger.clock import Clock, Timer
 from paceline.ledger.errors import (
     LedgerBusy,
@@ -54,7 +54,7 @@ _ASK_US = 2_000_000
 _Layout = list[tuple[Dimension, Window]]
 _encode = msgspec.msgpack.Encoder().encode
 _decode_layout = msgspec.msgpack.Decoder(list[tuple[Dimension, Window]]).decode
-_decode_recall = msgspec.msgpack.Decoder(tuple[str | None, int | None, bool] | None).decode
+_decode_recall = msgspec.msgpack.Decoder(Standing | None).decode
 
 
 class Keeper(Whereabouts, Protocol):
@@ -85,7 +85,7 @@ def _recall(ledger: str, owner: Owner, body: bytes) -> bytes:
     from paceline.engine.engine import Engine
 
     engine = owner.engine
-    return _encode(look_up(engine.state, body.decode(), owner.now()) if isinstance(engine, Engine) else None)
+    return _encode(stands(engine, body.decode(), owner.now()) if isinstance(engine, Engine) else None)
 
 
 ASKS: Mapping[str, Handler] = {LAYOUT: _layout, RECALL: _recall}
@@ -203,6 +203,11 @@ class FleetSlot(Slot):
     @property
     def is_reachable(self) -> bool:
         return self._seated is not None or (self._seat > 0 and not self._failing)
+
+    @property
+    def away_us(self) -> int:
+        since = self._away_since
+        return 0 if self._seated is not None or since is None else self._clock.monotonic() - since
 
     @property
     def pending(self) -> int:
@@ -633,6 +638,14 @@ def _aged_outcome(outcome: Outcome, elapsed: int) -> Outcome:
     return msgspec.structs.replace(outcome, observation=msgspec.structs.replace(seen, age_us=seen.age_us + elapsed))
 
 
+async def _ask(slot: FleetSlot, key: str, timeout_us: int) -> Standing | LedgerError | None:
+    try:
+        body = await slot.ask(RECALL, key.encode(), timeout_us)
+    except LedgerError as error:
+        return error
+    return None if body is None else _decode_recall(body)
+
+
 class FleetRouter(Router):
     """The ledgers of a fleet, as one process of it sees them. :meth:`attach` a keeper before anything else.
 
@@ -705,36 +718,33 @@ class FleetRouter(Router):
             slot = self._made(account)
         return slot
 
+    async def inquire(self, key: str, timeout_us: int, unasked: Container[str] = ()) -> Inquiry:
+        """Every ledger's owner is asked at once; not one that has been away for as long as that."""
+        known = self.look(key)
+        away = [slot for slot in self._fleet.values() if slot.engine is None]
+        ask = [slot for slot in away if slot.away_us < timeout_us and slot.account not in unasked]
+        silent: list[Slot] = [slot for slot in away if slot not in ask]
+        told: list[tuple[Slot, Standing | None]] = []
+        for slot, answer in zip(ask, await asyncio.gather(*(_ask(slot, key, timeout_us) for slot in ask)), strict=True):
+            if isinstance(answer, LedgerError):
+                silent.append(slot)
+            else:
+                told.append((slot, answer))
+        there = summed(told, silent)
+        return Inquiry((*known.found, *there.found), (*known.waiting, *there.waiting), there.silent)
+
     async def locate(self, key: str) -> Found | None:
-        """Every ledger's owner is asked at once."""
-        found = await super().locate(key)
-        if found is not None:
-            return found
-        away = [slot for slot in self._fleet.values() if slot.local is None]
-        if not away:
-            return None
-        told = await asyncio.gather(*(self._recalled(slot, key) for slot in away))
-        found = next((each for each in told if isinstance(each, Found)), None)
-        if found is None:
-            error = next((each for each in told if isinstance(each, LedgerError)), None)
-            if error is not None:
-                raise unavailable(f"{error.message}, and it might know the reservation: ask again")
-        return found
+        inquiry = await self.inquire(key, _ASK_US)
+        best, silent = inquiry.best, inquiry.silent
+        if silent and (best is None or best.withdrawn):
+            raise unavailable(f"ledger {silent[0].account!r} is away, and it might know the reservation: ask again")
+        return best
 
     async def stop(self, drain_timeout: float) -> None:
         """Leave every ledger; who still waits is told to ask another server."""
         self.closed = True
         error = LedgerDraining("the server stops: ask another one")
         await asyncio.gather(*(slot.close(error) for slot in self._fleet.values()))
-
-    @staticmethod
-    async def _recalled(slot: FleetSlot, key: str) -> Found | LedgerError | None:
-        try:
-            body = await slot.ask(RECALL, key.encode())
-        except LedgerError as error:
-            return error
-        found = None if body is None else _decode_recall(body)
-        return None if found is None else Found(slot, *found)
 
     def _made(self, account: str) -> FleetSlot:
         slot = FleetSlot(

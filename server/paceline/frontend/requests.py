@@ -30,6 +30,7 @@ from paceline.engine.operations import (
 from paceline.frontend.auth import Caller
 from paceline.frontend.context import Signer
 from paceline.frontend.errors import Problem, invalid, refused
+from paceline.frontend.ladders import Ladders
 from paceline.frontend.limits import (
     DEFAULT_CAPS,
     MAX_HEADER_AGE_US,
@@ -103,13 +104,6 @@ class Reservation(NamedTuple):
     """``None``: the candidates are over several accounts."""
 
 
-class Ladder(NamedTuple):
-    """A named list of candidates of this server."""
-
-    rungs: tuple[tuple[Destination, Estimate, int | None], ...]
-    """Destination, what the server knows of the size, and the smallest ``max_output_tokens`` to grant."""
-
-
 def uuid_of(value: str, path: str) -> str:
     """A UUID in lower case."""
     if _UUID(value) is None:
@@ -151,14 +145,14 @@ class Requests:
         reader: Reader,
         allowed: frozenset[str],
         *,
-        ladders: dict[str, Ladder] | None = None,
+        ladders: Ladders | None = None,
         caps: Caps = DEFAULT_CAPS,
     ) -> None:
         self._places = places
         self._signer = signer
         self._read = reader
         self._allowed = allowed
-        self._ladders = {} if ladders is None else ladders
+        self._ladders = Ladders() if ladders is None else ladders
         self._caps = caps
         self._hold_us = caps.default_hold_us
         self._max_hold_us = caps.hold_us
@@ -176,11 +170,18 @@ class Requests:
         """A Reserve. It waits no longer than ``wait_cap_us``. Raises :class:`Problem`."""
         key = caller.prefix + uuid_of(message.reservation_id, "reservation_id")
         tenant, shares = self._whose(message.tenant, message.workspace, caller)
+        priority = message.priority
+        if priority:
+            urgency = _PRIORITIES.get(priority)
+            if urgency is None:
+                raise invalid("priority", "is not known: use INTERACTIVE, STANDARD or BATCH")
+        else:
+            urgency = caller.priority
         ladder = message.ladder
         listed = message.candidates
         account: str | None
         if ladder:
-            candidates, choices, account = self._from_ladder(ladder, message, shares)
+            candidates, choices, account = self._from_ladder(ladder, message, tenant, urgency, shares)
         elif len(listed) == 1:
             one = listed[0]
             destination = self._target(one.target, "candidates[0].target")
@@ -198,13 +199,6 @@ class Requests:
         if observed:
             # Its caller makes the call there, whatever is granted.
             candidates, choices, account = candidates[:1], choices[:1], choices[0][1].account
-        priority = message.priority
-        if priority:
-            urgency = _PRIORITIES.get(priority)
-            if urgency is None:
-                raise invalid("priority", "is not known: use INTERACTIVE, STANDARD or BATCH")
-        else:
-            urgency = caller.priority
         wait = min(duration_us(message.max_wait, "max_wait", MAX_WAIT_US), self._max_wait_us)
         if wait_cap_us is not None and wait > wait_cap_us:
             wait = max(0, wait_cap_us)
@@ -262,11 +256,11 @@ class Requests:
         return smallest
 
     def _from_ladder(
-        self, name: str, message: pb.ReserveRequest, shares: tuple[str, ...]
+        self, name: str, message: pb.ReserveRequest, tenant: str, priority: Priority, shares: tuple[str, ...]
     ) -> tuple[tuple[Candidate, ...], tuple[tuple[int, Destination], ...], str | None]:
         if message.candidates:
             raise invalid("ladder", "excludes candidates: give one of the two")
-        ladder = self._ladders.get(self.label(name, "ladder"))
+        ladder = self._ladders.find(self.label(name, "ladder"), tenant, priority)
         if ladder is None:
             raise refused("ladder", "no ladder of this name is configured: name one that is, or give candidates")
         given = self._estimate(message.ladder_estimate, "ladder_estimate")

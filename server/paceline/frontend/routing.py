@@ -7,12 +7,13 @@ ledger that was read again from its journal may have lost what was not written: 
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Container, Iterable, Iterator, Sequence
 from typing import NamedTuple
 
 import structlog
 
 from paceline.engine.answers import Answer, Invalid
+from paceline.engine.bucket import EndKind
 from paceline.engine.dimensions import Dimension, Window
 from paceline.engine.engine import Engine
 from paceline.engine.operations import DefinePool, Operation
@@ -78,6 +79,11 @@ class Slot:
     def is_reachable(self) -> bool:
         """Callers get decisions, if not at this very moment."""
         return self.ready
+
+    @property
+    def away_us(self) -> int:
+        """For how long nobody has decided, in µs; 0: somebody does, or is just beginning to."""
+        return 0
 
     @property
     def engine(self) -> Engine | None:
@@ -200,6 +206,35 @@ class Found(NamedTuple):
     """How long ago it was granted."""
     ended: bool
 
+    @property
+    def withdrawn(self) -> bool:
+        """Nothing stands under this id: it was given back, or released before it was granted."""
+        return self.ended and self.age_us is None
+
+    @property
+    def rank(self) -> int:
+        """Which of several ledgers an id belongs to: the one where it is open, else where it was called under."""
+        return 0 if self.withdrawn else 1 if self.ended else 2
+
+
+class Inquiry(NamedTuple):
+    """What the ledgers say of an id."""
+
+    found: tuple[Found, ...]
+    waiting: tuple[Slot, ...]
+    """Somebody waits there under this id."""
+    silent: tuple[Slot, ...]
+    """Those that could not be asked."""
+
+    @property
+    def best(self) -> Found | None:
+        """Where it belongs: one that is withdrawn in some ledgers may stand in another."""
+        return max(self.found, key=_rank, default=None)
+
+
+def _rank(found: Found) -> int:
+    return found.rank
+
 
 def look_up(state: State, key: str, now: int) -> tuple[str | None, int | None, bool] | None:
     """Pool, age and whether it has ended, of a reservation or tombstone; ``None``: it is not known."""
@@ -211,6 +246,55 @@ def look_up(state: State, key: str, now: int) -> tuple[str | None, int | None, b
         return None
     granted_at = ended.granted_at
     return ended.pool, None if granted_at is None else max(0, now - granted_at), True
+
+
+Standing = tuple[str | None, int | None, bool]
+"""Of :class:`Found`, without the ledger. No pool, and not ended: it waits."""
+
+
+def stands(engine: Engine, key: str, now: int) -> Standing | None:
+    """As :func:`look_up`, of what still stands: a grant that was given back has no age, a bulk grant is open as long as
+    one of its calls is, and those that wait are told of too."""
+    state = engine.state
+    found = look_up(state, key, now)
+    ended = state.ended.get(key)
+    if found is None:
+        return None if engine.waiters().get(key) is None else (None, None, False)
+    if ended is None or ended.granted_at is None:
+        return found
+    kind = ended.kind
+    if kind is EndKind.TOGETHER:
+        if any(child in state.open for child in ended.keys):
+            return found[0], found[1], False
+        kinds = {each.kind for child in ended.keys if (each := state.ended.get(child)) is not None}
+        kind = EndKind.RELEASED if kinds == {EndKind.RELEASED} else kind
+    return (found[0], None, True) if kind is EndKind.RELEASED else found
+
+
+def summed(told: Iterable[tuple[Slot, Standing | None]], silent: Sequence[Slot]) -> Inquiry:
+    """What each ledger has told, and those that have not."""
+    found: list[Found] = []
+    waiting: list[Slot] = []
+    for slot, standing in told:
+        if standing is None:
+            continue
+        each = Found(slot, *standing)
+        if each.pool is None and not each.ended:
+            waiting.append(slot)
+        else:
+            found.append(each)
+    return Inquiry(tuple(found), tuple(waiting), tuple(silent))
+
+
+def _found(slot: Slot, key: str) -> Found | None:
+    engine = slot.engine
+    found = None if engine is None else stands(engine, key, slot.now() or 0)
+    return None if found is None else Found(slot, *found)
+
+
+def _beats(slot: Slot, other: Slot, key: str) -> bool:
+    one, two = _found(slot, key), _found(other, key)
+    return two is None or (one is not None and one.rank > two.rank)
 
 
 class Router:
@@ -258,21 +342,45 @@ class Router:
         return slot
 
     def known(self, key: str) -> Slot | None:
-        """The local ledger that has or had this reservation."""
-        for slot in self.slots.values():
-            if slot.knows(key):
-                return slot
-        return None
-
-    async def locate(self, key: str) -> Found | None:
-        """The ledger that has or had this reservation, wherever it is owned. Raises
-        :class:`~paceline.frontend.errors.Problem` if one that may know it cannot be asked in time."""
+        """The local ledger that a reservation of this key belongs to, or that has a tombstone of it."""
+        best: Slot | None = None
         for slot in self.slots.values():
             state = slot.state
-            found = None if state is None else look_up(state, key, slot.now() or 0)
-            if found is not None:
-                return Found(slot, *found)
-        return None
+            if state is None:
+                continue
+            if key in state.open:
+                return slot
+            if key in state.ended and (best is None or _beats(slot, best, key)):
+                best = slot
+        if best is None or not self.is_spread:
+            return best
+        found = _found(best, key)
+        # It may stand in a ledger that is owned elsewhere.
+        return None if found is None or found.withdrawn else best
+
+    def look(self, key: str) -> Inquiry:
+        """What the ledgers that are owned here say of a reservation."""
+        told: list[tuple[Slot, Standing | None]] = []
+        silent: list[Slot] = []
+        for slot in self.slots.values():
+            engine = slot.engine
+            if engine is None:
+                silent.append(slot)
+            else:
+                told.append((slot, stands(engine, key, slot.now() or 0)))
+        return summed(told, silent)
+
+    async def inquire(self, key: str, timeout_us: int, unasked: Container[str] = ()) -> Inquiry:
+        """What all ledgers say of a reservation, wherever they are owned, if they can be asked within ``timeout_us``.
+
+        The owners of the accounts ``unasked`` do not answer now.
+        """
+        return self.look(key)
+
+    async def locate(self, key: str) -> Found | None:
+        """The ledger that a reservation belongs to, wherever it is owned. Raises
+        :class:`~paceline.frontend.errors.Problem` if one that may know it cannot be asked in time."""
+        return self.look(key).best
 
     def layout_of(self, ledger: str, pool: str) -> list[tuple[Dimension, Window]]:
         """A pool's own limits and the account's spend, in the order of the engine's charges; empty if not known."""

@@ -28,13 +28,11 @@ from paceline.config import (
     ConfigError,
     catalogue,
     definitions,
-    expand_ladder,
     node_name,
     token_hashes,
     webhook_target,
 )
 from paceline.config import Shares as TenantShares
-from paceline.engine.accounting import Estimate
 from paceline.engine.engine import Caps as EngineCaps
 from paceline.frontend import admin as administration
 from paceline.frontend.admin_fleet import Fleet
@@ -47,6 +45,7 @@ from paceline.frontend.desk import Desk
 from paceline.frontend.fallback import Fallback
 from paceline.frontend.figures import figures, traffic
 from paceline.frontend.fleet import FleetSlot
+from paceline.frontend.ladders import ladders_of
 from paceline.frontend.limits import (
     FALLBACK_EXPIRY_US,
     FALLBACK_GRACE_US,
@@ -59,7 +58,7 @@ from paceline.frontend.membership import SHARE, Alone, Guest, Host, Member, Memb
 from paceline.frontend.peers.transport import PeerUnreachable
 from paceline.frontend.places import Places
 from paceline.frontend.replies import Replies
-from paceline.frontend.requests import Ladder, Requests
+from paceline.frontend.requests import Requests
 from paceline.frontend.routing import Router, Slot
 from paceline.frontend.session import SessionCaps, Sessions
 from paceline.frontend.shares import Shares
@@ -68,12 +67,11 @@ from paceline.ledger.errors import LedgerError
 from paceline.ledger.journal import Store, StoreError, StoreUnavailable
 from paceline.ledger.machine import EngineMachine
 from paceline.ledger.store import open_store
-from paceline.providers import Catalogue, Target
+from paceline.providers import Catalogue
 from paceline.providers.headers import ALLOWED_HEADERS, FAMILIES, parse
 from paceline.providers.tiers import Tiers
 from paceline.telemetry import Endpoint, Figures
 from paceline.telemetry.rotation import RotatingFile
-from paceline_client.stubs import v1 as pb
 
 _log = structlog.get_logger(__name__)
 
@@ -210,7 +208,7 @@ class Server:
         config, limits = self.config, self.config.limits
         accounts = list(config.accounts)
         places = Places(self.catalogue, TenantShares(config).shares_of, default_family=_family_of(self.catalogue))
-        ladders = {name: _ladder(config, name, places) for name in config.ladders}
+        ladders = ladders_of(config, places)
         machine = EngineMachine(
             EngineCaps(
                 ended=limits.max_remembered,
@@ -416,6 +414,7 @@ class Server:
         await self.membership.leave(limit)
         await _until(lambda: not self._busy(), deadline)
         await self.alerts.look()
+        self.desk.spreads.withdrawals.close()
         await self.membership.stop(max(0.5, deadline - time.monotonic()))
         await _until(
             lambda: not self.sessions.pending and not self.coordinator.running, time.monotonic() + _FLUSH_SECONDS
@@ -562,15 +561,6 @@ def _caps(config: Config) -> Caps:
         default_hold_us=limits.default_hold_us,
         hold_us=limits.max_hold_us,
     )
-
-
-def _ladder(config: Config, name: str, places: Places) -> Ladder:
-    rungs = []
-    for rung in expand_ladder(config, name):
-        target = pb.Target(**Target._asdict(rung.target))
-        destination = places.destination(target.SerializeToString(), target, f"ladders.{name}")
-        rungs.append((destination, Estimate(max_output_tokens=rung.max_output_tokens), rung.min_output_tokens))
-    return Ladder(tuple(rungs))
 
 
 def _family_of(known: Catalogue) -> Callable[[str], str]:
