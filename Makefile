@@ -89,7 +89,7 @@ prove-learning: env ## rows of the laboratory of learning, with the official SDK
 	@$(WITH_TOOLS) python -m bench.learning_sdk $(PROOF_ARGS)
 
 # Fleets of three servers over one Redis.
-.PHONY: prove-replicas prove-failover prove-quiet prove-paused prove-trouble prove-recovery prove-outage-fleet
+.PHONY: prove-replicas prove-failover prove-quiet prove-paused prove-trouble prove-recovery prove-outage-fleet prove-fairness
 prove-replicas: env ## 1,000 callers on one pool through 3 servers: never over-granted (some minutes)
 	@$(call need,redis-server,the proof of replicas); $(WITH_TOOLS) python -m bench.replicas.sharing $(PROOF_ARGS)
 
@@ -110,6 +110,9 @@ prove-recovery: env ## 100,000 open reservations are taken over, warm and cold (
 
 prove-outage-fleet: env ## 3 servers and Redis are killed under a saturating fleet, and come back (3 minutes)
 	@$(call need,redis-server,the proof of outages); $(WITH_TOOLS) python -m bench.replicas.outage $(PROOF_ARGS)
+
+prove-fairness: env ## rows of the laboratory of fairness, with 3 servers over Redis (7 minutes)
+	@$(call need,redis-server,the proof of fairness); $(WITH_TOOLS) python -m bench.fairness.real $(PROOF_ARGS)
 
 # How many fresh seeds, such as "make simulate SEEDS=20000"; PROOF_ARGS="--seed 7" repeats one, "--broken" shows what is caught.
 SEEDS ?= 200

@@ -7,10 +7,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
+from typing import Protocol
 
 from bench.fairness.cost import WAITERS
 from bench.fairness.picture import picture
-from bench.fairness.rows import Row
 from bench.fairness.window import Figures
 from bench.lab.rows import Bound
 
@@ -19,7 +19,7 @@ BEGIN, END = "<!-- table -->", "<!-- /table -->"
 
 _PERCENT = {
     "used", "lost", "idle", "below", "apart", "off", "within", "lent", "minimum", "kept", "right", "early",
-    "over", "together",
+    "over", "together", "want",
 }  # fmt: skip
 _PLACES = {"jain": 4, "exponent": 3}
 _ORACLE = ("used", "lost", "idle", "parked_s")
@@ -50,8 +50,26 @@ _NAMES = {
     "places": "places",
     "denials": "denials",
     "judged": "judged",
+    "late_max_ms": "longest wait beside a room, ms",
+    "late_p99_ms": "p99 of such waits, ms",
+    "granted": "calls granted",
+    "faults": "errors",
+    "want": "a process wanted a core",
     **{f"us_{waiters}": f"µs with {waiters:,}" for waiters in WAITERS},
 }
+
+
+class Row(Protocol):
+    """One line of a table; see :class:`bench.fairness.rows.Row`."""
+
+    @property
+    def name(self) -> str: ...
+    @property
+    def case(self) -> str: ...
+    @property
+    def bounds(self) -> tuple[Bound, ...]: ...
+    @property
+    def shown(self) -> tuple[str, ...]: ...
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,10 +86,7 @@ class Cell:
 def write(rows: Sequence[Row], cells: Sequence[Cell], document: Path = DOCUMENT) -> str:
     """Write the table between the markers of the document, and the picture beside it. Returns the table."""
     body = table(rows, cells)
-    text = document.read_text()
-    before, rest = text.split(BEGIN, 1)
-    _, after = rest.split(END, 1)
-    document.write_text(f"{before}{BEGIN}\n\n{body}\n{END}{after}")
+    put(document, (BEGIN, END), body)
     costs = [cell.figures for cell in cells if cell.row == "cost"]
     if costs:
         folder = document.parent / "fairness"
@@ -81,9 +96,29 @@ def write(rows: Sequence[Row], cells: Sequence[Cell], document: Path = DOCUMENT)
     return body
 
 
+def put(document: Path, markers: tuple[str, str], body: str) -> None:
+    """Between two markers of a document. Raises ``ValueError`` if they are not in it."""
+    begin, end = markers
+    before, rest = document.read_text().split(begin, 1)
+    _, after = rest.split(end, 1)
+    document.write_text(f"{before}{begin}\n\n{body}\n{end}{after}")
+
+
 def table(rows: Sequence[Row], cells: Sequence[Cell]) -> str:
-    """Markdown: one line for each row, the median of its seeds and the worst."""
-    lines = ["| case | figures | used | lost | idle | parked, s | |", "|---|---|---|---|---|---|---|"]
+    """Markdown: :func:`lines`, and what they are of."""
+    seeds = sorted({cell.seed for cell in cells})
+    short = sum(bool(cell.missed) for cell in cells)
+    about = (
+        f"Each figure is the median of the seeds, and in brackets the worst; its bound follows. {len(cells)} cells, "
+        f"{short} of them short of a bound; seeds {seeds[0]} to {seeds[-1]}; "
+        f"{sum(cell.cpu_s for cell in cells) / 60:.0f} minutes of processor time."
+    )
+    return "\n".join([*lines(rows, cells), "", about]) + "\n"
+
+
+def lines(rows: Sequence[Row], cells: Sequence[Cell]) -> list[str]:
+    """A head, and one line for each row: the median of its seeds and the worst."""
+    found = ["| case | figures | used | lost | idle | parked, s | |", "|---|---|---|---|---|---|---|"]
     for row in rows:
         mine = [cell for cell in cells if cell.row == row.name]
         if not mine:
@@ -96,15 +131,8 @@ def table(rows: Sequence[Row], cells: Sequence[Cell]) -> str:
             if name in mine[0].figures else "–"
             for name in _ORACLE
         ]  # fmt: skip
-        lines.append("| " + " | ".join([row.case, "; ".join(own) or "–", *oracle, _verdict(row, mine)]) + " |")
-    seeds = sorted({cell.seed for cell in cells})
-    short = sum(bool(cell.missed) for cell in cells)
-    about = (
-        f"Each figure is the median of the seeds, and in brackets the worst; its bound follows. {len(cells)} cells, "
-        f"{short} of them short of a bound; seeds {seeds[0]} to {seeds[-1]}; "
-        f"{sum(cell.cpu_s for cell in cells) / 60:.0f} minutes of processor time."
-    )
-    return "\n".join([*lines, "", about]) + "\n"
+        found.append("| " + " | ".join([row.case, "; ".join(own) or "–", *oracle, _verdict(row, mine)]) + " |")
+    return found
 
 
 def _verdict(row: Row, cells: Sequence[Cell]) -> str:

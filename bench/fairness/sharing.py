@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Mapping
+
 from bench.fairness.judging import fair_shares, jain
 from bench.fairness.ledger import POOL, Call, Ledger
 from bench.fairness.oracle import worst
@@ -52,14 +55,21 @@ def weights(seed: int, part: float) -> Figures:
         for place in (1, 2):
             kind = Kind(f"{name}-{place}", between(*_SIZES), shares=(name,))
             Stream(ledger, kind, rate * asks / 2, seeded(seed, kind.tenant)).start()
-    window = measure(ledger, WARMUP_S * part, WINDOW_S * part)
+    return by_weights(measure(ledger, WARMUP_S * part, WINDOW_S * part), told)
+
+
+def by_weights(window: Window, told: Mapping[str, int]) -> Figures:
+    """How far the service of shares is off their weights, the worst of them; two tenants ``SHARE-1`` and ``SHARE-2`` of
+    one share from each other; the oracle."""
     service = {name: max(parts) for name, parts in window.service(_by_share).items()}
-    total = sum(service.values())
-    off = max(abs(service.get(name, 0.0) * 7 / (weight * total) - 1) for name, weight in told.items())
-    pairs = [[max(window.service()[f"{name}-{place}"]) for place in (1, 2)] for name in told]
+    # The share of weight 1, were it exact; without any service nothing is.
+    one = sum(service.values()) / sum(told.values()) or math.nan
+    off = max(abs(service.get(name, 0.0) / (weight * one) - 1) for name, weight in told.items())
+    each = window.service()
+    pairs = [[max(each.get(f"{name}-{place}", (0.0,))) for place in (1, 2)] for name in told]
     return {
         "off": off,
-        "within": max(1.0 - min(pair) / max(pair) for pair in pairs),
+        "within": max(1.0 - min(pair) / max(pair) if max(pair) else 0.0 for pair in pairs),
         **window.conserved(),
     }
 

@@ -27,13 +27,17 @@ def flooded(seed: int, part: float) -> Figures:
     half = Kind("halves", always(LIMITS.bursts[1] // 2), Priority.BATCH, max_wait_s=7_200.0)
     Backlog(ledger, half, 3, seeded(seed, half.tenant)).start()
     _jobs(ledger, seed)
-    window = measure(ledger, 60.0 * part, WINDOW_S * part)
+    return flood(measure(ledger, 60.0 * part, WINDOW_S * part), _JOBS[1])
+
+
+def flood(window: Window, largest: int) -> Figures:
+    """What interactive calls waited, and what batch was granted, whose small calls have at most ``largest`` tokens."""
     waits = [
         (one.waited_us if one.waited_us is not None else window.until - one.offered_at) / 1_000
         for one in window.offered()
         if one.priority is Priority.INTERACTIVE
     ]
-    return {"wait_p99_ms": quantile(waits, 0.99), **_minimum(window, _JOBS[1]), **window.conserved()}
+    return {"wait_p99_ms": quantile(waits, 0.99), **_minimum(window, largest), **window.conserved()}
 
 
 def pressed(seed: int, part: float) -> Figures:
@@ -65,7 +69,8 @@ def _minimum(window: Window, largest: int) -> Figures:
     """What batch got in any 60 s, as a part of its minimum: one call of the small ones may just not have come."""
     served = [(call.granted_at or 0, float(call.tokens)) for call in window.granted() if _is_batch(call)]
     least = least_in_any_window(served, window.since, window.until, min(_MINUTE, window.until - window.since))
-    entitled = LIMITS.tokens * CLASSES[Priority.BATCH][1] / 1_000 * min(1.0, window.seconds / 60)
+    tokens = next(iter(window.ledger.pools.values())).tokens
+    entitled = tokens * CLASSES[Priority.BATCH][1] / 1_000 * min(1.0, window.seconds / 60)
     return {"minimum": (least + largest) / entitled}
 
 

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Protocol
 
 from bench.fairness.ledger import Call, Ledger
 from bench.fairness.oracle import Mark, conserved, worst
@@ -20,11 +21,23 @@ def by_tenant(call: Call) -> str:
     return call.tenant
 
 
+class Recorded(Protocol):
+    """A run: of the engine on a virtual clock, or of real processes."""
+
+    @property
+    def pools(self) -> Mapping[str, PoolLimits]:
+        """The limits of each."""
+
+    @property
+    def calls(self) -> Sequence[Call]:
+        """All that were offered."""
+
+
 @dataclass(frozen=True, slots=True)
 class Window:
     """What happened from ``begin`` to ``end``."""
 
-    ledger: Ledger
+    ledger: Recorded
     begin: dict[str, Mark]
     end: dict[str, Mark]
 
