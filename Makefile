@@ -12,7 +12,7 @@ PYTEST_ARGS ?=
 # For the proofs, such as "--seed 7".
 PROOF_ARGS ?=
 
-PY_SOURCES := $(wildcard server/paceline clients/python/src clients/python/tests tests bench proto/generate.py)
+PY_SOURCES := $(wildcard server/paceline clients/python/src clients/python/tests tests bench proto/generate.py deploy)
 UV ?= uv
 LOCK := $(UV) pip compile --quiet --universal --python-version 3.11 --generate-hashes --no-header \
 	--no-emit-package paceline-client --custom-compile-command "make lock"
@@ -60,6 +60,7 @@ lock: ## resolve the requirements anew (needs uv; UPGRADE=1 for the newest versi
 	$(LOCK) $(if $(UPGRADE),--upgrade) pyproject.toml -o requirements/server.txt
 	$(LOCK) $(if $(UPGRADE),--upgrade) pyproject.toml requirements/dev.in -o requirements/dev.txt
 	$(LOCK) $(if $(UPGRADE),--upgrade) requirements/build.in -o requirements/build.txt
+	$(LOCK) $(if $(UPGRADE),--upgrade) requirements/upstream.in -o requirements/upstream.txt
 
 # --- checks ----------------------------------------------------------------------------------------------------
 
@@ -68,6 +69,7 @@ test: env ## everything: environment, lint, stubs, contract, tests
 	@$(MAKE) --no-print-directory lint
 	@$(MAKE) --no-print-directory drift
 	@$(MAKE) --no-print-directory contract
+	@$(MAKE) --no-print-directory deploy-tools
 	@$(MAKE) --no-print-directory pytest
 
 .PHONY: pytest
@@ -176,6 +178,35 @@ contract: $(CONTRACT_CHECKS) ## the contract in other languages (skipped where t
 
 $(CONTRACT_CHECKS): contract-%: env
 	@$(call need,$(TOOLS_$*),the contract in $*); echo "==> the contract in $*" && $(WITH_TOOLS) tests/contract/$*/check
+
+# --- deployment ------------------------------------------------------------------------------------------------
+
+# Compiling takes minutes the first time, so without optimizations; running takes a tenth of a second.
+build/deploy/helm: tests/deploy/tools/go.mod tests/deploy/tools/go.sum
+	@echo "==> helm"
+	@mkdir -p $(@D)
+	@cd tests/deploy/tools && CGO_ENABLED=0 GOFLAGS="-mod=readonly -buildvcs=false '-gcflags=all=-N -l'" \
+		go build -o $(CURDIR)/$@ helm.sh/helm/v3/cmd/helm
+
+# The schemas of other people's resources, and of Compose files.
+build/deploy/schemas: tests/deploy/tools/schemas.json
+	@echo "==> schemas"
+	@mkdir -p $(@D)
+	@$(PYTHON) -c 'import json, sys; print(*(m["module"] + "@" + m["version"] for m in json.load(sys.stdin)))' <$< >$@
+	@xargs go mod download <$@
+
+.PHONY: deploy-tools
+deploy-tools: ## Helm and schemas, for the tests of the chart (skipped without Go, except in CI)
+	@$(call need,go,the chart's tests); $(MAKE) -s --no-print-directory build/deploy/helm build/deploy/schemas
+
+.PHONY: check-deploy
+check-deploy: env deploy-tools ## the image's recipe, the chart, the manifests and the Compose file
+	@$(WITH_TOOLS) python -c 'from tests.deploy.tooling import VERSIONS; print("==> schemas of Kubernetes", *VERSIONS)'
+	@$(WITH_TOOLS) python -m pytest tests/deploy -n $(PYTEST_WORKERS) --dist loadgroup $(PYTEST_ARGS)
+
+.PHONY: charts
+charts: env build/deploy/helm ## write the chart's README and the plain manifests anew
+	@$(BIN)/python deploy/helm/document.py --helm $(CURDIR)/build/deploy/helm
 
 # --- to see and to measure -------------------------------------------------------------------------------------
 
