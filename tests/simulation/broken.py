@@ -383,7 +383,8 @@ VARIANTS = (
         "lease never checked for denials",
         _lease_never_checked,
         (
-            458,
+            477,
+            488,
             477,
             488,
         ),

@@ -126,8 +126,8 @@ class Checks:
         """Acquisitions at primaries that were not superseded, by ledger."""
         self.offices: dict[bytes, tuple[str, str]] = {}
         """Node and process of owners, by nonce, wherever they took over."""
-        self.denials: dict[str, list[tuple[int, str, Reason]]] = {}
-        """When denials were decided at once, by which node and why, by key."""
+        self.denials: dict[str, list[tuple[int, tuple[str, str], Reason]]] = {}
+        """When denials were decided at once, by which node and process and why, by key."""
         self.debited: set[bytes] = set()
         self.released: set[bytes] = set()
         """Those that have let go."""
@@ -164,17 +164,28 @@ class Checks:
             self.violate(f"{call.key} was denied after it had been granted")
 
     def _check_denial(self, call: Call, reason: Reason) -> None:
-        """Who has denied it was the owner then, as far as the store knows. Of several that denied it, one was."""
+        """Who has denied it was the owner then, as far as the store knows. Of several that denied it, one was.
+
+        An answer leaves once its owner's lease is confirmed: a store that has lost the successor before that confirms
+        it, whatever was so when it was decided.
+        """
         stale = ""
-        for at, node, why in self.denials.get(call.key, ()):
+        for at, office, why in self.denials.get(call.key, ()):
             if why is not reason:
                 continue
-            reigns = [reign for reign in self.reigns.get(call.ledger, ()) if reign.at < at]
-            if self.world.store.was_split(at) or not reigns or reigns[-1].node == node:
+            known = self.reigns.get(call.ledger, ())
+            reigns = [reign for reign in known if reign.at < at]
+            if self.world.store.was_split(at) or not reigns or reigns[-1].node == office[0]:
+                return
+            # Under the very office in which it was decided; one that was taken later confirms nothing of it.
+            if any(
+                reign.at >= at and self.since[reign.nonce] < at and self.offices[reign.nonce] == office
+                for reign in known
+            ):
                 return
             stale = (
-                f"{call.key} was denied by {node} at {at / 1e6:.3f} s, when {reigns[-1].node} had been the owner since "
-                f"{reigns[-1].at / 1e6:.3f} s"
+                f"{call.key} was denied by {office[0]} at {at / 1e6:.3f} s, when {reigns[-1].node} had been the owner "
+                f"since {reigns[-1].at / 1e6:.3f} s"
             )
         if stale:
             self.violate(stale)
@@ -251,7 +262,8 @@ class Checks:
                     if known is not None and known.queued_at is None:
                         known.queued_at, known.queued_by = now, node.name
                 elif isinstance(answer, Denied):
-                    self.denials.setdefault(operation.key, []).append((now, node.name, answer.reason))
+                    office = node.name, node.process_name
+                    self.denials.setdefault(operation.key, []).append((now, office, answer.reason))
             elif isinstance(operation, Release):
                 known = told.get(operation.key)
                 if known is not None and known.withdrawn_at is None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import msgspec
 
 from paceline.engine.accounting import Estimate
-from paceline.engine.answers import Granted
+from paceline.engine.answers import Denied, Granted, Touched
 from paceline.engine.dimensions import Dimension, Limit, Window
 from paceline.engine.engine import Engine
 from paceline.engine.operations import Candidate, DefinePool, Operation, Release, Reserve
@@ -130,3 +130,31 @@ def test_what_is_granted_and_given_back_at_one_instant_is_not_missing() -> None:
     checks._check_refill("acme", engine.state, {})
     (violation,) = checks.violations
     assert "was granted 2 more REQUESTS than there was" in violation
+
+
+def test_a_denial_is_of_the_owner_that_a_store_without_its_successor_confirms_again() -> None:
+    world = World(1)
+    checks, engine, origin = world.checks, Engine("acme"), genesis("acme")
+    first = Head(1, NONCE, "node-0", "", 0, origin, 0, 0, 0, 0, 0, origin, "primary-1", 1)
+    second = msgspec.structs.replace(first, epoch=2, nonce=b"2" * 16, node="node-1")
+    checks.wrote(world.store.primary, "acme", None, first, None)
+    limit = Limit(Dimension.REQUESTS, Window.MINUTE, 60, 6)
+    decide(world, engine, 1, DefinePool("pool", PROFILE, (limit,)))
+    world.loop.now = 4_000_000
+    checks.wrote(world.store.primary, "acme", first, second, None)
+    # It has not heard of its successor: the answer waits until its lease is confirmed.
+    decide(world, engine, 5_000_000, Reserve("late", (Candidate("pool", (), Estimate(7)),), hold_us=60_000_000))
+    ((_, _, reason),) = checks.denials["late"]
+    call, denied = checks.calls["late"], Denied(reason, "pool", Dimension.REQUESTS, None, Touched())
+    checks.denied(call, denied)
+    assert len(checks.violations) == 1
+    # The store is emptied meanwhile. An office that node-0 has taken since says nothing of what it decided before.
+    world.loop.now = 5_100_000
+    world.store.restart(empty=True)
+    checks.wrote(world.store.primary, "acme", None, msgspec.structs.replace(first, nonce=b"3" * 16), None)
+    checks.denied(call, denied)
+    assert len(checks.violations) == 2
+    world.loop.now = 5_200_000
+    checks.wrote(world.store.primary, "acme", None, first, None)
+    checks.denied(call, denied)
+    assert len(checks.violations) == 2
